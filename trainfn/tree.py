@@ -205,8 +205,8 @@ def _make_init(cls: type) -> Callable[..., None]:
     """Write ``__init__(self, *, field, ...)`` out as source, as attrs and dataclasses do, so that it can be traced."""
     fields = attrs.fields(cls)
     arguments = ", ".join(f.name if f.default is attrs.NOTHING else f"{f.name}=_{f.name}" for f in fields)
-    body = "".join(f"\n    set_field(self, {f.name!r}, {f.name})" for f in fields)
-    scope: dict[str, Any] = {f"_{f.name}": f.default for f in fields} | {"set_field": object.__setattr__}
+    body = "".join(f"\n    object.__setattr__(self, {f.name!r}, {f.name})" for f in fields)
+    scope: dict[str, Any] = {f"_{f.name}": f.default for f in fields}
     exec(f"def __init__(self, *, {arguments}):{body}", scope)  # noqa: S102
     return cast(Callable[..., None], scope["__init__"])
 

@@ -1,0 +1,84 @@
+"""How a batch is read: its inputs, its target, and its division into micro-batches.
+
+A batch is a tensor, a tuple of tensors whose last one is the target, or a dict of tensors. In a dict the target is the
+field called ``labels``, ``label``, ``targets``, ``target`` or ``y``; everything else is input.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from trainfn.errors import DataError
+from trainfn.tree import Tree, batch_length, describe, map_leaves
+
+Batch = Tree
+"""A tensor, a tuple of tensors, or a dict of tensors; the first dimension of each counts examples."""
+
+TARGET_NAMES = ("labels", "label", "targets", "target", "y")
+
+
+def inputs(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the batch's inputs as ``(positional, named)``.
+
+    >>> inputs({"x": 1, "y": 2}), inputs((1, 2)), inputs(1)
+    (((), {'x': 1}), ((1,), {}), ((1,), {}))
+    """
+    if isinstance(batch, dict):
+        return (), {name: value for name, value in batch.items() if name not in TARGET_NAMES}
+    if isinstance(batch, (tuple, list)):
+        return (tuple(batch[:-1]) if len(batch) > 1 else tuple(batch)), {}
+    return (batch,), {}
+
+
+def target(batch: Batch) -> Tensor:
+    """Return the batch's target.
+
+    Raises:
+        DataError: there is none, or more than one field could be meant.
+
+    >>> target({"x": 1, "y": 2}), target((1, 2))
+    (2, 2)
+    """
+    if isinstance(batch, dict):
+        found = [name for name in TARGET_NAMES if name in batch]
+        if len(found) == 1:
+            return batch[found[0]]
+        if len(found) > 1:
+            raise DataError(
+                "The batch has more than one target.",
+                expected=f"one of {', '.join(TARGET_NAMES)}",
+                got=f"{', '.join(found)} in ({describe(batch)})",
+                hint="drop the others, or pass a loss function of your own: loss(outputs, batch)",
+            )
+    elif isinstance(batch, (tuple, list)) and len(batch) > 1:
+        return batch[-1]
+    raise DataError(
+        "The batch has no target.",
+        expected=f"a tuple (inputs, target), or a dict with one of {', '.join(TARGET_NAMES)}",
+        got=describe(batch),
+    )
+
+
+def micro_batches(batch: Batch, count: int) -> list[Batch]:
+    """Divide a batch into at most ``count`` micro-batches, in order, as views; their lengths differ by at most one.
+
+    A batch with fewer examples than ``count`` gives one micro-batch an example. Leaves without a batch dimension go
+    into each micro-batch.
+
+    >>> import torch
+    >>> [part["x"].tolist() for part in micro_batches({"x": torch.arange(5)}, 2)]
+    [[0, 1, 2], [3, 4]]
+    """
+    if count == 1:
+        return [batch]
+    length = batch_length(batch)
+    parts = max(1, min(count, length))
+    short, longer = divmod(length, parts)
+    starts = [index * short + min(index, longer) for index in range(parts + 1)]
+
+    def part(start: int, stop: int) -> Batch:
+        return map_leaves(lambda leaf: leaf[start:stop] if isinstance(leaf, Tensor) and leaf.ndim else leaf, batch)
+
+    return [part(start, stop) for start, stop in zip(starts, starts[1:], strict=False)]

@@ -1,0 +1,237 @@
+"""``make_step``: the composition that gives a training step its meaning. Eager, and the reference for every other mode.
+
+    step = update . fold(merge) . map(gradients)
+
+    update: norm -> verdict -> divide by weight and clip -> optimizer -> select by verdict -> EMA -> TrainState'
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from trainfn.batch import Batch, micro_batches
+from trainfn.errors import ConfigError
+from trainfn.grad import Gradients, GradientsFn, LossFn, fold, make_gradients, make_loss
+from trainfn.health import Verdict, judge, track
+from trainfn.loss import Loss, LossSum, resolve
+from trainfn.optim import Transform
+from trainfn.optim.clip import check_max_norm, clip_factor
+from trainfn.state import Params, Report, TrainState, trainable
+from trainfn.tree import norm, select
+
+UpdateFn = Callable[[TrainState, Gradients], TrainState]
+
+
+@attrs.frozen(eq=False)
+class Step:
+    """A pure function ``step(state, batch) -> state``; made by :func:`make_step`.
+
+    Its parts are open, so that other ways to run it (see :func:`trainfn.compile`) are made of the same parts.
+
+    Attributes:
+        model: the module whose forward is applied; its own tensors are never read or written.
+        loss: ``(params, buffers, batch) -> LossSum``.
+        gradients: ``(params, buffers, batch) -> Gradients``.
+        update: ``(state, Gradients) -> state``.
+        accumulate: number of micro-batches a batch is divided into.
+        optimizer: the Transform that ``update`` applies.
+    """
+
+    model: nn.Module
+    loss: LossFn
+    gradients: GradientsFn
+    update: UpdateFn
+    accumulate: int
+    optimizer: Transform
+
+    def __call__(self, state: TrainState, batch: Batch) -> TrainState:
+        """Return the state after one step. Neither ``state`` nor ``batch`` nor the global RNG is written to."""
+        with surroundings(self.model, state, training=True):
+            return finished(state, self.transition(state, batch))
+
+    def transition(self, state: TrainState, batch: Batch) -> TrainState:
+        """Return the step's tensors: the part that is traced. ``seed`` and ``cursor`` are handed through."""
+        found = fold(self.gradients, state.params, state.buffers, micro_batches(batch, self.accumulate))
+        return self.update(state, found)
+
+    def evaluate(self, state: TrainState, batch: Batch, *, params: Params | None = None) -> LossSum:
+        """Return the loss of one batch in evaluation mode, without gradients.
+
+        Args:
+            state: read for its parameters, buffers and device.
+            batch: any batch.
+            params: used in place of the state's parameters of the same names, for example ``state.ema``.
+        """
+        with surroundings(self.model, state, training=False), torch.no_grad():
+            return self.loss(state.params | (params or {}), dict(state.buffers), batch)
+
+
+def make_step(
+    model: nn.Module,
+    *,
+    loss: str | Loss,
+    optimizer: Transform,
+    accumulate: int = 1,
+    clip_norm: float | None = None,
+    ema: float | None = None,
+) -> Step:
+    """Return the pure function ``step(state, batch) -> state`` that trains ``model``.
+
+    One step computes the gradient of the mean loss over the whole batch, clips it, and applies the optimizer. When
+    the loss or any gradient is not finite, or nothing in the batch counts, parameters, buffers, optimizer state, EMA
+    and ``step`` stay as they are; ``report.verdict`` says why.
+
+    Args:
+        model: any module; it is called as a function of the state's tensors. If it is in evaluation mode it is run
+            in training mode; submodules put in evaluation mode inside a training model stay so.
+        loss: a registered name or a function ``loss(outputs, batch)``.
+        optimizer: a Transform from :mod:`trainfn.optim`.
+        accumulate: divide each batch into this many micro-batches. Changes memory, not meaning.
+        clip_norm: largest 2-norm of the mean gradient; None for no clipping.
+        ema: decay of the moving average of the parameters, in [0, 1); needs ``init(..., ema=True)``.
+
+    Raises:
+        ConfigError: a setting is out of range.
+
+    >>> import trainfn
+    >>> model = nn.Linear(2, 2)
+    >>> optimizer = trainfn.optim.sgd(lr=0.1)
+    >>> step = make_step(model, loss="classification", optimizer=optimizer)
+    >>> state = trainfn.init(model, optimizer)
+    >>> after = step(state, (torch.ones(3, 2), torch.tensor([0, 1, 1])))
+    >>> int(state.step), int(after.step), after.cursor
+    (0, 1, 1)
+    """
+    if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
+        raise ConfigError("accumulate is out of range.", expected="an int >= 1", got=repr(accumulate))
+    if clip_norm is not None:
+        check_max_norm(clip_norm)
+    if ema is not None and not 0.0 <= ema < 1.0:
+        raise ConfigError("The EMA decay is out of range.", expected="a number in [0, 1), or None", got=repr(ema))
+    strategy = resolve(loss)
+    return Step(
+        model=model,
+        loss=make_loss(model, strategy),
+        gradients=make_gradients(model, strategy),
+        update=make_update(optimizer, clip_norm=clip_norm, ema=ema),
+        accumulate=accumulate,
+        optimizer=optimizer,
+    )
+
+
+def make_update(optimizer: Transform, *, clip_norm: float | None = None, ema: float | None = None) -> UpdateFn:
+    """Return ``(state, Gradients) -> state``: the one place where sums are divided and anything changes."""
+
+    def update(state: TrainState, found: Gradients) -> TrainState:
+        with torch.no_grad():
+            params = {name: param.detach() for name, param in trainable(state.params).items()}
+            summed_norm = norm(found.grads)
+            verdict = judge(found.total, found.weight, summed_norm)
+            applied = verdict == int(Verdict.OK)
+            grad_norm = summed_norm / found.weight
+            factor = torch.reciprocal(found.weight.to(grad_norm.dtype))
+            if clip_norm is not None:
+                factor = factor * clip_factor(grad_norm, clip_norm)
+            grads = {name: grad * factor.to(grad.dtype) for name, grad in found.grads.items()}
+            updates, opt = optimizer.update(grads, state.opt, params, state.step)
+            new = select(applied, {name: param + updates[name] for name, param in params.items()}, params)
+            return attrs.evolve(
+                state,
+                step=state.step + applied,
+                params=state.params | new,
+                buffers=select(applied, found.buffers, state.buffers),
+                opt=select(applied, opt, state.opt),
+                ema=_average(state.ema, new, applied, ema),
+                health=track(state.health, verdict),
+                report=Report(
+                    loss=found.total / found.weight,
+                    weight=found.weight,
+                    grad_norm=grad_norm,
+                    lr=_rate(optimizer, state.step, found.total),
+                    verdict=verdict,
+                ),
+            )
+
+    return update
+
+
+def finished(before: TrainState, after: TrainState) -> TrainState:
+    """Return a transition's result as the next step's input: one batch further, the trained parameters marked so."""
+    for name in trainable(before.params):
+        after.params[name].requires_grad_()
+    return attrs.evolve(after, cursor=before.cursor + 1, seed=before.seed)
+
+
+@contextmanager
+def surroundings(model: nn.Module, state: TrainState, *, training: bool) -> Iterator[None]:
+    """Hold everything a forward reads besides its arguments: module modes, and random draws from (seed, cursor)."""
+    with _mode(model, training), _seeded(state):
+        yield
+
+
+def _average(old: Params | None, new: Params, applied: Tensor, decay: float | None) -> Params | None:
+    if (old is None) != (decay is None):
+        raise ConfigError(
+            "The state and the step disagree about the moving average of the parameters.",
+            expected="init(..., ema=True) together with make_step(..., ema=decay)",
+            got=f"a state {'without' if old is None else 'with'} ema, a step with ema={decay}",
+        )
+    if old is None or decay is None:
+        return None
+    return select(applied, {name: torch.lerp(old[name], new[name], 1.0 - decay) for name in old}, old)
+
+
+def _rate(optimizer: Transform, step: Tensor, like: Tensor) -> Tensor:
+    if optimizer.lr is None:
+        return torch.full_like(like, float("nan"), dtype=torch.float32)
+    return optimizer.lr(step).to(torch.float32)
+
+
+@contextmanager
+def _mode(model: nn.Module, training: bool) -> Iterator[None]:
+    if model.training == training:
+        yield
+        return
+    modes = [(module, module.training) for module in model.modules()]
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def _seeded(state: TrainState) -> Iterator[None]:
+    generators = [torch.default_generator]
+    if state.step.is_cuda:
+        generators.append(torch.cuda.default_generators[state.step.get_device()])
+    before = [generator.get_state() for generator in generators]
+    for generator in generators:
+        generator.manual_seed(_mix(state.seed, state.cursor))
+    try:
+        yield
+    finally:
+        for generator, old in zip(generators, before, strict=True):
+            generator.set_state(old)
+
+
+def _mix(seed: int, cursor: int) -> int:
+    """Hash (seed, cursor) to 64 bits, so that neighbouring batches and seeds share no draws.
+
+    Two rounds of the finalizer of G. Steele, D. Lea, C. Flood, "Fast splittable pseudorandom number generators",
+    OOPSLA 2014.
+    """
+    mask = 2**64 - 1
+    value = 0
+    for word in (seed, cursor):
+        value = (value + word + 0x9E3779B97F4A7C15) & mask
+        value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & mask
+        value ^= value >> 31
+    return value
