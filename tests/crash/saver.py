@@ -1,0 +1,152 @@
+"""Save in a loop, be killed, and see what is left. Run by ``test_kill.py`` in a process of its own, which it forks.
+
+    python -m tests.crash.saver RUN at-random KILLS SEED
+    python -m tests.crash.saver RUN at-every-call
+    python -m tests.crash.saver RUN overwriting
+
+Prints one JSON object. An assertion that fails here is a save that was acknowledged and lost.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+from tests.crash.faults import Disk, hidden, make_state
+from trainfn.store import restore, save, steps, verify
+
+WIDTH = 50_000  # 0.8 MB a step
+
+
+def survivors(run: Path, acknowledged: int) -> int:
+    """Return the newest step's cursor, having checked that every step in sight is whole and none is missing."""
+    for step in steps(run):
+        verify(step)
+    if acknowledged < 0 and not steps(run):
+        return acknowledged
+    state, manifest = restore(run, make_state(width=WIDTH))
+    assert manifest.cursor >= acknowledged, f"saved {acknowledged}, found {manifest.cursor}"
+    assert state.cursor == int(state.step) == manifest.cursor
+    assert all(bool((param == state.cursor).all()) for param in state.params.values())
+    return state.cursor
+
+
+def killed(work: Callable[[Callable[[int], object]], object], after: float | None) -> int:
+    """Run ``work(acknowledge)`` in a forked process until it is killed; return the last number that it acknowledged."""
+    inlet, outlet = os.pipe()
+    child = os.fork()
+    if not child:
+        work(lambda number: os.write(outlet, number.to_bytes(8, "little")))
+        os._exit(0)
+    os.close(outlet)
+    if after is not None:
+        time.sleep(after)
+        os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    with open(inlet, "rb") as pipe:
+        numbers = pipe.read()
+    return int.from_bytes(numbers[-8:], "little") if numbers else -1
+
+
+def at_random(run: Path, kills: int, seed: int) -> dict[str, int]:
+    """Kill a process that saves as fast as it can, at random moments, and start the next from what is left."""
+    draw = random.Random(seed)
+    newest = acknowledged = -1
+    torn = 0
+    for _ in range(kills):
+
+        def work(acknowledge: Callable[[int], object]) -> None:
+            for cursor in itertools.count(newest + 1):  # noqa: B023
+                save(make_state(cursor, WIDTH), run)
+                acknowledge(cursor)
+
+        acknowledged = max(acknowledged, killed(work, after=draw.uniform(0.0, 0.1)))
+        newest = survivors(run, acknowledged) if run.exists() else newest
+        for name in hidden(run) if run.exists() else []:
+            torn += 1
+            shutil.rmtree(run / name)
+        for step in steps(run)[:-1]:
+            shutil.rmtree(step)
+    return {"kills": kills, "torn": torn, "saved": newest + 1}
+
+
+def at_every_call(run: Path) -> dict[str, int]:
+    """Kill a save before its first system call, its second, ..., with the files written in several pieces."""
+    save(make_state(0, WIDTH), run)
+    for number in itertools.count(1):
+
+        def work(acknowledge: Callable[[int], object], number: int = number) -> None:
+            def dies(count: int, call: str) -> None:
+                if count == number:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            with Disk(fails=dies, chunk=300_000).mounted():
+                save(make_state(1, WIDTH), run)
+            acknowledge(1)
+
+        acknowledged = killed(work, after=None)
+        newest = survivors(run, max(acknowledged, 0))
+        if acknowledged == 1:
+            return {"kills": number - 1, "saved": newest}
+        for name in hidden(run):
+            shutil.rmtree(run / name)
+        for step in steps(run)[1:]:
+            shutil.rmtree(step)
+    raise AssertionError("unreachable")
+
+
+def overwriting(run: Path) -> dict[str, int]:
+    """The control: the same file name every time. Kill the second save after half of its bytes."""
+    run.mkdir()
+    path = run / "state.pt"
+    whole = make_state(0, WIDTH).params
+
+    class Half:
+        """A file that kills its writer when half of the bytes are in it."""
+
+        def __init__(self, file: BinaryIO) -> None:
+            self.file, self.left = file, WIDTH * 4
+
+        def write(self, data: bytes) -> int:
+            self.file.write(data[: self.left])
+            self.file.flush()
+            self.left -= len(data)
+            if self.left <= 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return len(data)
+
+        def flush(self) -> None:
+            pass
+
+    def work(acknowledge: Callable[[int], object]) -> None:
+        torch.save(whole, path)
+        acknowledge(0)
+        with open(path, "wb") as file:
+            torch.save(whole, Half(file))  # type: ignore[arg-type]
+
+    acknowledged = killed(work, after=None)
+    try:
+        torch.load(path, weights_only=True)
+    except (RuntimeError, EOFError, OSError):
+        return {"acknowledged": acknowledged, "lost": 1}
+    return {"acknowledged": acknowledged, "lost": 0}
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("error")  # nothing that a kill leaves behind may need walking back over
+    torch.set_num_threads(1)
+    run, how, *numbers = sys.argv[1:]
+    way = {"at-random": at_random, "at-every-call": at_every_call, "overwriting": overwriting}[how]
+    print(json.dumps(way(Path(run), *map(int, numbers))))

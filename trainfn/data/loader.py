@@ -1,0 +1,240 @@
+"""``Loader``: batches by number. Batch ``cursor`` is a pure function of (data, settings, cursor).
+
+The epoch of a batch is ``cursor // batches_per_epoch``, and its examples are a slice of ``order(..., epoch=epoch)``. To
+start at any batch is therefore to count from another number; nothing is replayed. What a
+``torch.utils.data.DataLoader`` iterates over here is those numbers, so its workers stay alive from epoch to epoch, and
+each of them finds out by itself which examples a number means.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Generator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from trainfn.data.order import order
+from trainfn.data.source import Batch, Collate, Source, make_source
+from trainfn.errors import ConfigError, TrainfnError
+from trainfn.tree import digest, map_leaves
+
+# The order is computed for a block of batches at a time: about this many positions, at most this many batches.
+_BLOCK_POSITIONS = 16_384
+_BLOCK_BATCHES = 512
+
+
+class Loader:
+    """Shuffled batches of a data set, by number, going through epochs without end.
+
+    Args:
+        data: a tensor, a tuple or dict of tensors that agree in their first dimension, or a map-style data set
+            (``__len__``, ``__getitem__``). Batches keep the form.
+        batch_size: examples a batch; the last batch of an epoch is shorter unless ``drop_last``.
+        seed: what the order, and any random draw of the data set's items, is derived from, in [0, 2**63).
+        shuffle: a new order every epoch; the data set's own order if False.
+        drop_last: leave out the last batch of an epoch when it would be short.
+        workers: processes that fetch batches; 0 fetches in this one. The batches are the same.
+        pin: put batches into page-locked memory, for faster copies, where there is an accelerator.
+        collate: makes a batch of a list of items; ``torch.utils.data.default_collate`` if None.
+
+    Attributes:
+        examples: how many examples the data set has.
+        batches_per_epoch: how many batches go through all of them.
+
+    Raises:
+        DataError: the data is of an unsupported kind, empty, or its tensors disagree in length.
+        ConfigError: a setting is out of range or contradicts another.
+
+    >>> loader = Loader({"x": torch.arange(10)}, batch_size=4, seed=1)
+    >>> loader.examples, loader.batches_per_epoch
+    (10, 3)
+    >>> [batch["x"].tolist() for batch in loader.batches(0, 4)]
+    [[0, 4, 3, 8], [1, 2, 9, 6], [5, 7], [1, 4, 2, 5]]
+    """
+
+    def __init__(
+        self,
+        data: object,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        shuffle: bool = True,
+        drop_last: bool = False,
+        workers: int = 0,
+        pin: bool = False,
+        collate: Collate | None = None,
+    ) -> None:
+        _check(batch_size=(batch_size, 1), workers=(workers, 0), seed=(seed, 0))
+        self._source: Source = make_source(data, collate)
+        self.examples = len(self._source)
+        if drop_last and self.examples < batch_size:
+            raise ConfigError(
+                "An epoch would have no batch.",
+                expected=f"batch_size <= {self.examples}, the number of examples, with drop_last=True",
+                got=f"batch_size={batch_size}",
+                hint="pass drop_last=False or a smaller batch_size",
+            )
+        self.batches_per_epoch = self.examples // batch_size if drop_last else -(-self.examples // batch_size)
+        self.batch_size, self.seed, self.shuffle, self.drop_last = batch_size, seed, shuffle, drop_last
+        self.workers, self.pin = workers, pin
+        self._width = min(batch_size, self.examples)
+        self._block_batches = max(1, min(_BLOCK_BATCHES, _BLOCK_POSITIONS // self._width))
+        self._block: tuple[int, Tensor] = (-1, torch.empty(0))
+
+    def epoch(self, cursor: int) -> int:
+        """Return the number of the epoch that batch ``cursor`` belongs to.
+
+        >>> Loader(torch.arange(10), batch_size=4).epoch(3)
+        1
+        """
+        _check(cursor=(cursor, 0))
+        return cursor // self.batches_per_epoch
+
+    def indices(self, cursor: int) -> Tensor:
+        """Return which examples batch ``cursor`` is made of, int64 (examples in the batch,).
+
+        >>> Loader(torch.arange(10), batch_size=4, shuffle=False).indices(2)
+        tensor([8, 9])
+        """
+        _check(cursor=(cursor, 0))
+        number, row = divmod(cursor, self._block_batches)
+        held, block = self._block
+        if held != number:
+            block = self._make_block(number)
+            self._block = (number, block)
+        first = cursor % self.batches_per_epoch * self.batch_size
+        return block[row, : self.examples - first].clone()
+
+    def batch(self, cursor: int) -> Batch:
+        """Return batch ``cursor``, fetched in this process.
+
+        Raises:
+            DataError: the data set or the collate function failed; the message names the batch and its examples.
+
+        >>> Loader((torch.arange(10), torch.ones(10)), batch_size=4, shuffle=False).batch(1)
+        (tensor([4, 5, 6, 7]), tensor([1., 1., 1., 1.]))
+        """
+        return self._source.fetch(self.indices(cursor), seed=self.seed, cursor=cursor)
+
+    def batches(self, start: int = 0, stop: int | None = None) -> Generator[Batch, None, None]:
+        """Return an iterator over the batches numbered start, start + 1, ..., without end or up to ``stop``.
+
+        The global random generators are as they were whenever a batch is handed out. Workers end with the iterator:
+        when it is exhausted, closed or forgotten.
+
+        Raises:
+            ConfigError: a number is negative.
+            DataError: (from the iterator) as for :meth:`batch`.
+
+        >>> loader = Loader(torch.arange(10), batch_size=4)
+        >>> one, another = next(loader.batches(5)), loader.batch(5)
+        >>> bool((one == another).all())
+        True
+        """
+        stop = sys.maxsize if stop is None else stop
+        _check(start=(start, 0), stop=(stop, 0))
+        return self._stream(range(start, stop))
+
+    def fingerprint(self) -> str:
+        """Return 16 hex digits that tell this data from other data: its size, form, and first, middle and last example.
+
+        Not affected by the loader's settings. Data that differs in other examples only has the same fingerprint.
+
+        >>> x = torch.arange(10)
+        >>> Loader(x, batch_size=4).fingerprint() == Loader(x.clone(), batch_size=5).fingerprint()
+        True
+        >>> Loader(x, batch_size=4).fingerprint() == Loader(x + 1, batch_size=4).fingerprint()
+        False
+        """
+        few = sorted({0, self.examples // 2, self.examples - 1})
+        return digest({"examples": self.examples, "few": self._source.sample(few)})[:16]
+
+    def _make_block(self, number: int) -> Tensor:
+        """Return the examples of a block of batches, (batches, width); the row of a short batch ends in repetitions."""
+        first = number * self._block_batches
+        batches = torch.arange(first, first + self._block_batches).unsqueeze(1)  # (batches, 1)
+        starts = batches % self.batches_per_epoch * self.batch_size
+        positions = starts + torch.arange(self._width)  # (batches, width)
+        positions.clamp_(max=self.examples - 1)
+        if not self.shuffle:
+            return positions
+        return order(positions, self.examples, seed=self.seed, epoch=batches // self.batches_per_epoch)
+
+    def _stream(self, numbers: range) -> Generator[Batch, None, None]:
+        parcels = iter(
+            DataLoader(
+                _Parcels(self),
+                sampler=numbers,
+                batch_size=None,
+                collate_fn=_unchanged,
+                num_workers=self.workers,
+                pin_memory=self.pin and torch.accelerator.is_available(),
+                generator=torch.Generator(),  # an iterator draws a seed for its workers when it starts
+            )
+        )
+        try:
+            for parcel in parcels:
+                yield parcel.open()
+        finally:
+            del parcels  # the last reference: this is what shuts the workers down
+
+
+class _Parcel:
+    """What the DataLoader passes on: a batch, or the error that came instead of it.
+
+    It carries the error as a value because a DataLoader remakes a worker's exception from its text alone.
+    """
+
+    def __init__(self, batch: Batch, error: TrainfnError | None = None, cause: BaseException | None = None) -> None:
+        self.batch, self.error, self.cause = batch, error, cause
+
+    def open(self) -> Batch:
+        if self.error is not None:
+            raise self.error from self.cause
+        return self.batch
+
+    def pin_memory(self) -> _Parcel:
+        def pin(leaf: Any) -> Any:
+            on_host = not isinstance(leaf, Tensor) or leaf.device.type == "cpu"
+            return leaf.pin_memory() if on_host and hasattr(leaf, "pin_memory") else leaf
+
+        return _Parcel(map_leaves(pin, self.batch), self.error, self.cause)
+
+
+class _Parcels(Dataset[_Parcel]):
+    """A loader's batches by number, as the data set that the DataLoader reads."""
+
+    def __init__(self, loader: Loader) -> None:
+        self._loader = loader
+
+    def __getitem__(self, cursor: int) -> _Parcel:
+        try:
+            return _Parcel(self._loader.batch(cursor))
+        except TrainfnError as error:
+            cause = error.__cause__
+            if cause is not None and get_worker_info() is not None:
+                # A traceback cannot be pickled, and an exception of the data set's own class may not be.
+                cause = RuntimeError("in a data worker:\n" + "".join(traceback.format_exception(cause)))
+            return _Parcel(None, error, cause)
+
+
+def _unchanged(parcel: Any) -> Any:
+    return parcel
+
+
+def _check(**settings: tuple[int, int]) -> None:
+    wrong = {
+        name: (value, least)
+        for name, (value, least) in settings.items()
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**63
+    }
+    if wrong:
+        raise ConfigError(
+            "A setting of the loader is out of range.",
+            expected=", ".join(f"{name}: an int >= {least}" for name, (_, least) in wrong.items()),
+            got=", ".join(f"{name}={value!r}" for name, (value, _) in wrong.items()),
+        )

@@ -1,0 +1,224 @@
+"""What a data set is to the loader: a number of examples, and a way to fetch some of them as one batch.
+
+There are two kinds. A tree of tensors is gathered, one ``index_select`` a leaf. A map-style data set is asked for its
+items, which are collated; if it defines ``__getitems__`` (PyTorch's batched fetch) it is asked once a batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from itertools import islice
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default_collate
+
+from trainfn.errors import ConfigError, DataError
+from trainfn.tree import Tree, batch_length, map_leaves, named_leaves
+
+Batch = Tree
+"""A tensor, a tuple of tensors, or a dict of tensors; the first dimension of each counts examples."""
+
+Collate = Callable[[list[Any]], Batch]
+"""Makes one batch of a list of items."""
+
+SUPPORTED = "a tensor, a tuple or dict of tensors, or a map-style data set (__len__ and __getitem__)"
+
+_STREAM = "a stream has no positions to resume at: pass list(data) if it fits in memory, or give it __getitem__"
+_HINTS: dict[Any, str] = {
+    DataLoader: "pass its data set: data=loader.dataset, batch_size=loader.batch_size",
+    (str, bytes, bytearray): "trainfn.data.ByteText(text, length=128) makes windows of a text",
+    (IterableDataset, Iterator): _STREAM,
+}
+
+
+class Source(Protocol):
+    """A data set, seen by the loader."""
+
+    def __len__(self) -> int: ...
+
+    def fetch(self, indices: Tensor, *, seed: int, cursor: int) -> Batch:
+        """Return the examples at ``indices`` as batch number ``cursor`` of the run with this seed."""
+
+    def sample(self, indices: list[int]) -> Tree:
+        """Return the examples at ``indices`` as a tree whose digest is stable between processes."""
+
+
+def make_source(data: object, collate: Collate | None = None) -> Source:
+    """Return the source that reads ``data``.
+
+    Args:
+        data: a tensor, a tuple or dict of tensors, a ``TensorDataset``, or a map-style data set.
+        collate: makes a batch of a list of items, for map-style data sets; ``default_collate`` if None.
+
+    Raises:
+        DataError: data of another kind, without examples, or with tensors that disagree in length.
+        ConfigError: ``collate`` with tensors, which have no items to collate.
+
+    >>> source = make_source((torch.arange(3), torch.ones(3, 2)))
+    >>> len(source), source.fetch(torch.tensor([2, 0]), seed=0, cursor=0)[0]
+    (3, tensor([2, 0]))
+    """
+    if type(data) is TensorDataset:  # a subclass may have a __getitem__ of its own
+        data = data.tensors
+    if isinstance(data, Mapping) and not isinstance(data, dict):
+        data = dict(data)  # BatchEncoding, for one: its own len() counts fields
+    tensors = isinstance(data, (Tensor, tuple, dict))
+    if tensors and collate is not None:
+        raise ConfigError(
+            "Data made of tensors has nothing to collate.",
+            where="collate",
+            hint="drop collate, or pass a data set that returns one item at a time",
+        )
+    source = Tensors(data) if tensors else Items(data, collate)
+    if len(source) == 0:
+        raise DataError("The data set is empty.", expected="at least one example", got=f"len({_kind(data)}) = 0")
+    return source
+
+
+class Tensors:
+    """A tree of tensors whose first dimension counts examples.
+
+    >>> Tensors({"x": torch.arange(4) * 10}).fetch(torch.tensor([3, 1]), seed=0, cursor=0)
+    {'x': tensor([30, 10])}
+    """
+
+    def __init__(self, tree: Tree) -> None:
+        wrong = (
+            f"{name or 'it'}: {'a 0-d tensor' if isinstance(leaf, Tensor) else type(leaf).__name__}"
+            for name, leaf in named_leaves(tree)
+            if not isinstance(leaf, Tensor) or leaf.ndim == 0
+        )
+        if first := list(islice(wrong, 5)):
+            raise DataError(
+                f"A {type(tree).__name__} of data must hold tensors only.",
+                expected="tensors whose first dimension counts examples",
+                got=", ".join(first),
+                hint="torch.as_tensor turns arrays and numbers into tensors; pass items, one an example, as a list",
+            )
+        self._examples = batch_length(tree)
+        self._tree = map_leaves(Tensor.detach, tree)
+
+    def __len__(self) -> int:
+        return self._examples
+
+    def fetch(self, indices: Tensor, *, seed: int, cursor: int) -> Batch:
+        return map_leaves(lambda leaf: leaf.index_select(0, indices.to(leaf.device)), self._tree)
+
+    def sample(self, indices: list[int]) -> Tree:
+        return {type(self._tree).__name__: self.fetch(torch.tensor(indices), seed=0, cursor=0)}
+
+
+class Items:
+    """A map-style data set.
+
+    An item may be drawn at random (an augmentation): around each batch the global generators of ``random``, numpy and
+    PyTorch (CPU) are seeded from (seed, cursor) and put back, so a batch is the same whenever and wherever it is
+    fetched. That costs 0.15 ms a batch; a data set with the attribute ``draws = False`` promises to draw nothing and is
+    spared it.
+
+    >>> Items(["a", "b", "c"]).fetch(torch.tensor([2, 0]), seed=0, cursor=0)
+    ['c', 'a']
+    """
+
+    def __init__(self, data: object, collate: Collate | None = None) -> None:
+        _check_map_style(data)
+        self._data: Any = data
+        self._collate = collate
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def fetch(self, indices: Tensor, *, seed: int, cursor: int) -> Batch:
+        chosen = indices.tolist()
+        with _seeded(seed, cursor) if getattr(self._data, "draws", True) else nullcontext():
+            items = self._items(chosen, cursor)
+            return self._collated(items, chosen, cursor) if isinstance(items, list) else self._ready(items)
+
+    def sample(self, indices: list[int]) -> Tree:
+        with _seeded(0, 0):
+            return {"items": [map_leaves(_bits, self._item(index, indices)) for index in indices]}
+
+    def _items(self, chosen: list[int], cursor: int) -> Any:
+        fetch_all = getattr(self._data, "__getitems__", None)
+        if fetch_all is None:
+            return [self._item(index, chosen, cursor) for index in chosen]
+        try:
+            return fetch_all(chosen)
+        except Exception as error:
+            raise _failed("The data set's __getitems__", error, chosen, cursor) from error
+
+    def _item(self, index: int, chosen: list[int], cursor: int | None = None) -> Any:
+        try:
+            return self._data[index]
+        except Exception as error:
+            raise _failed(f"The data set's example {index}", error, chosen, cursor) from error
+
+    def _collated(self, items: list[Any], chosen: list[int], cursor: int) -> Batch:
+        try:
+            batch = (self._collate or default_collate)(items)
+        except Exception as error:
+            hint = None if self._collate else "items that differ in shape or fields need a function of yours: collate="
+            raise _failed("Collating a batch", error, chosen, cursor, hint) from error
+        if self._collate is None and isinstance(items[0], tuple) and isinstance(batch, list):
+            return tuple(batch)  # default_collate makes a list of tuples' fields
+        return dict(batch) if isinstance(batch, Mapping) else batch
+
+    def _ready(self, batch: Any) -> Batch:
+        if self._collate is not None:
+            raise ConfigError(
+                "collate has nothing to collate: the data set's __getitems__ returns finished batches.",
+                expected="a list of items",
+                got=_kind(batch),
+                hint="drop collate, or let __getitems__ return a list",
+            )
+        return dict(batch) if isinstance(batch, Mapping) else batch
+
+
+@contextmanager
+def _seeded(seed: int, cursor: int) -> Iterator[None]:
+    """Seed the global generators from (seed, cursor), and put them back after (CPU only; numpy's is the slow one)."""
+    numpy = sys.modules.get("numpy")
+    torch_state, python_state = torch.get_rng_state(), random.getstate()
+    numpy_state = numpy.random.get_state() if numpy else None
+    drawn = int.from_bytes(hashlib.sha256(f"{seed}:{cursor}".encode()).digest()[:8], "little")
+    try:
+        torch.default_generator.manual_seed(drawn)
+        random.seed(drawn)
+        if numpy:
+            numpy.random.seed(drawn % 2**32)
+        yield
+    finally:
+        torch.set_rng_state(torch_state)
+        random.setstate(python_state)
+        if numpy:
+            numpy.random.set_state(numpy_state)
+
+
+def _check_map_style(data: object) -> None:
+    hint = next((hint for kind, hint in _HINTS.items() if isinstance(data, kind)), None)
+    if hint is not None or not (hasattr(type(data), "__len__") and hasattr(type(data), "__getitem__")):
+        raise DataError("Training cannot read data of this kind.", expected=SUPPORTED, got=_kind(data), hint=hint)
+
+
+def _failed(
+    subject: str, error: Exception, chosen: list[int], cursor: int | None, hint: str | None = None
+) -> DataError:
+    some = ", ".join(map(str, chosen[:64])) + (", ..." if len(chosen) > 64 else "")
+    where = f"examples [{some}]" if cursor is None else f"batch {cursor}, examples [{some}]"
+    return DataError(f"{subject} failed.", where=where, got=f"{type(error).__name__}: {error}", hint=hint)
+
+
+def _bits(leaf: Any) -> Any:
+    if hasattr(leaf, "tobytes") and str(getattr(leaf, "dtype", "")) != "object":  # numpy arrays, PIL images
+        return leaf.tobytes()
+    return leaf if isinstance(leaf, (Tensor, str, bytes, int, float)) else type(leaf).__qualname__
+
+
+def _kind(data: object) -> str:
+    return f"{type(data).__module__}.{type(data).__qualname__}".removeprefix("builtins.")
