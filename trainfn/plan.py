@@ -1,0 +1,359 @@
+"""``plan``: everything about a run that is decided before its first step, and every mistake that can be found by then."""
+
+from __future__ import annotations
+
+import os
+import platform
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from trainfn.batch import Batch, micro_batches
+from trainfn.data import Loader
+from trainfn.engine import CompiledStep, compile
+from trainfn.errors import CheckpointError, ConfigError, DataError, ModelError, TrainfnError
+from trainfn.loss import Loss, LossSum
+from trainfn.optim import Transform, adamw, warmup_cosine
+from trainfn.state import TrainState, init
+from trainfn.step import make_step, surroundings
+from trainfn.store import Manifest, restore, steps
+from trainfn.task.config import TrainConfig, make_config
+from trainfn.tree import batch_length, describe, map_leaves
+
+_ARGUMENTS = ("loss", "val_data", "optimizer", "collate", "observers")
+_POSITION_SETTINGS = ("seed", "batch_size", "accumulate", "shuffle", "drop_last")
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Plan:
+    """A run, decided but not begun. Made by :func:`plan`, carried out by :func:`trainfn.run`.
+
+    Attributes:
+        config: the settings, those that were given and those that were filled in.
+        model: the module that is trained; its own tensors are not touched.
+        optimizer: the Transform in use.
+        step: the step in use; it donates.
+        state: where the run starts.
+        loader: the training data; batch number ``state.cursor`` comes next.
+        val_loader: the evaluation data, or None.
+        stop: the run ends when the cursor is here.
+        device: where the state is.
+        resumed_from: the checkpoint's directory, or None for a fresh start.
+        record: what every checkpoint of this run says about it.
+        header: the decisions, as lines for people.
+    """
+
+    config: TrainConfig
+    model: nn.Module
+    optimizer: Transform
+    step: CompiledStep
+    state: TrainState
+    loader: Loader
+    val_loader: Loader | None
+    stop: int
+    device: torch.device
+    resumed_from: Path | None
+    record: dict[str, Any]
+    header: list[str]
+
+    def to_device(self, batch: Batch) -> Batch:
+        """Return the batch with its tensors on the run's device."""
+        return to_device(batch, self.device)
+
+
+def plan(
+    model: nn.Module,
+    data: object,
+    *,
+    loss: str | Loss,
+    val_data: object = None,
+    optimizer: Transform | None = None,
+    collate: Callable[[list[Any]], Batch] | None = None,
+    **settings: Any,
+) -> Plan:
+    """Decide everything about a run and check what can be checked, one batch through model and loss included.
+
+    Args: as for :func:`trainfn.fit`.
+
+    Raises:
+        ConfigError: settings that are unknown, out of range, or contradict each other; an unusable ``out_dir``.
+        DataError, ModelError: data, model and loss do not go together.
+        CheckpointError: there is a checkpoint, and it cannot be continued from.
+
+    >>> made = plan(nn.Linear(2, 2), (torch.ones(8, 2), torch.zeros(8, dtype=torch.long)),
+    ...             loss="classification", max_epochs=3, batch_size=4, device="cpu")
+    >>> made.stop, made.state.cursor
+    (6, 0)
+    """
+    config = make_config(settings, also=_ARGUMENTS)
+    if config.fast_dev_run:
+        config = attrs.evolve(config, max_steps=2, out_dir=None, resume=None, compile="eager", log_every=1)
+    if optimizer is not None and not {"lr", "warmup_steps"}.isdisjoint(settings):
+        raise ConfigError(
+            "The learning rate is given twice.",
+            got=f"optimizer={optimizer.name} and lr or warmup_steps",
+            hint="leave out lr and warmup_steps: they are settings of the default optimizer",
+        )
+    device = _device(config.device)
+    loader, val_loader = _loaders(config, data, val_data, collate, device)
+    stop = min(config.max_steps or 2**62, (config.max_epochs or 2**62) * loader.batches_per_epoch)
+    if optimizer is None:
+        optimizer = adamw(lr=_default_schedule(config, stop))
+    step = make_step(
+        model,
+        loss=loss,
+        optimizer=optimizer,
+        accumulate=config.accumulate,
+        clip_norm=config.clip_norm,
+        ema=config.ema,
+    )
+    state = init(model, optimizer, seed=config.seed, ema=config.ema is not None, device=device)
+    first = _first_loss(step.loss, model, state, to_device(loader.batch(0), device), config.accumulate)
+    record: dict[str, Any] = {
+        "config": config.to_json() | {"loss": loss if isinstance(loss, str) else _name(loss), "stop": stop},
+        "optimizer": optimizer.name,
+        "data": loader.fingerprint(),
+        "tied": _tied(model),
+    }
+    _check_writable(config.out_dir)
+    state, resumed_from, manifest = _resume(config, state, record)
+    compiled = compile(step, mode=_mode(config, manifest), donate=True, steps=stop)
+    record["config"]["compile_mode"], _ = compiled.settle(state)
+    lines = {
+        "trainfn": f"on torch {torch.__version__}, python {platform.python_version()}",
+        "model": _describe_model(model),
+        "data": _describe_data(loader, val_loader),
+        "device": _describe_device(device),
+        "step": _describe_step(config, loader, float(first.weight)),
+        "optimizer": optimizer.name,
+        "compile": f"{compiled.mode}: {compiled.reason}"
+        + ("; the first step waits for the compiler" if compiled.mode == "graph" else ""),
+        "output": _describe_output(config, stop),
+        "start": _describe_start(state, stop, resumed_from, manifest, record),
+    }
+    return Plan(
+        config=config,
+        model=model,
+        optimizer=optimizer,
+        step=compiled,
+        state=state,
+        loader=loader,
+        val_loader=val_loader,
+        stop=stop,
+        device=device,
+        resumed_from=resumed_from,
+        record=record,
+        header=[f"{name:<10}{text}" for name, text in lines.items()],
+    )
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Return the batch with its tensors on ``device``; copies from pinned memory do not block."""
+    if device.type == "cpu":
+        return batch
+    return map_leaves(lambda leaf: leaf.to(device, non_blocking=True) if isinstance(leaf, Tensor) else leaf, batch)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            "The device cannot be used.", got=f"device={name!r} ({str(error).splitlines()[0]})", hint='device="auto"'
+        ) from error
+
+
+def _loaders(
+    config: TrainConfig, data: object, val_data: object, collate: Any, device: torch.device
+) -> tuple[Loader, Loader | None]:
+    pin = device.type == "cuda"
+    loader = Loader(
+        data,
+        batch_size=config.batch_size * config.accumulate,
+        seed=config.seed,
+        shuffle=config.shuffle,
+        drop_last=config.drop_last,
+        workers=config.workers,
+        pin=pin,
+        collate=collate,
+    )
+    if val_data is None:
+        return loader, None
+    return loader, Loader(
+        val_data, batch_size=config.batch_size, shuffle=False, workers=config.workers, pin=pin, collate=collate
+    )
+
+
+def _default_schedule(config: TrainConfig, stop: int) -> Any:
+    warmup = min(100, stop // 20) if config.warmup_steps is None else config.warmup_steps
+    if warmup >= stop:
+        raise ConfigError(
+            "The warm-up does not fit into the run.",
+            expected=f"warmup_steps < {stop}, the number of steps",
+            got=f"warmup_steps={warmup}",
+        )
+    return warmup_cosine(config.lr, warmup=warmup, total=stop)
+
+
+def _first_loss(
+    loss: Callable[..., LossSum], model: nn.Module, state: TrainState, batch: Batch, accumulate: int
+) -> LossSum:
+    """Run the first micro-batch through model and loss, so that what does not fit is found before any work is done."""
+    batch_length(batch)
+    part = micro_batches(batch, accumulate)[0]
+    buffers = {name: buffer.clone() for name, buffer in state.buffers.items()}
+    try:
+        with surroundings(model, state, training=True), torch.no_grad():
+            return loss(state.params, buffers, part)
+    except (TrainfnError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        kind = DataError if isinstance(error, IndexError) else ModelError
+        raise kind(
+            "The first batch does not go through the model and the loss.",
+            where=f"{type(model).__name__}, a micro-batch of {describe(part)}",
+            got=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}",
+            hint="compare the shapes, and the ids and labels with the model's sizes; the cause is shown above",
+        ) from error
+
+
+def _check_writable(out_dir: str | os.PathLike[str] | None) -> None:
+    if out_dir is None:
+        return
+    try:
+        Path(out_dir).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out_dir):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            "The run directory cannot be written to.",
+            where=os.fspath(out_dir),
+            got=error.strerror or str(error),
+            hint="pass another out_dir",
+        ) from error
+
+
+def _resume(
+    config: TrainConfig, state: TrainState, record: dict[str, Any]
+) -> tuple[TrainState, Path | None, Manifest | None]:
+    found = steps(config.out_dir) if config.out_dir is not None else []
+    if config.resume is None:
+        if found:
+            raise ConfigError(
+                "The run directory already holds a run.",
+                where=os.fspath(config.out_dir or ""),
+                got=f"{len(found)} checkpoints, the last one {found[-1].name}",
+                hint='pass resume="auto" to continue it, or another out_dir to start afresh',
+            )
+        return state, None, None
+    if config.resume == "auto" and not found:
+        return state, None, None
+    source = config.out_dir if config.resume == "auto" else config.resume
+    state, manifest = restore(source or "", like=state)
+    _check_position(manifest, record)
+    newer = [path.name for path in found if config.resume != "auto" and path.name > f"step_{state.cursor:08d}"]
+    if newer:
+        raise ConfigError(
+            "The run directory holds later steps than the one to resume from.",
+            where=os.fspath(config.out_dir or ""),
+            got=", ".join(newer),
+            hint="pass another out_dir",
+        )
+    path = Path(source or "")
+    return state, path if path.name.startswith("step_") else path / f"step_{state.cursor:08d}", manifest
+
+
+def _check_position(manifest: Manifest, record: dict[str, Any]) -> None:
+    """The cursor counts batches: it means the same examples only for the same data, cut the same way."""
+    old = {name: manifest.config.get(name) for name in _POSITION_SETTINGS} | {"data": manifest.data}
+    new = {name: record["config"][name] for name in _POSITION_SETTINGS} | {"data": record["data"]}
+    differ = [f"{name}: {old[name]} then, {new[name]} now" for name in old if old[name] != new[name]]
+    if differ:
+        raise CheckpointError(
+            "The run cannot be continued: its position would mean other examples.",
+            expected="the data and settings of the checkpoint",
+            got="; ".join(differ),
+            hint="give the same data and settings, or start another run in another out_dir",
+        )
+
+
+def _mode(config: TrainConfig, manifest: Manifest | None) -> Any:
+    """A run keeps the mode it was begun in: another one would be right, but not bit for bit the same."""
+    if config.compile == "auto" and manifest is not None:
+        return manifest.config.get("compile_mode", "auto")
+    return config.compile
+
+
+def _tied(model: nn.Module) -> dict[str, list[str]]:
+    first: dict[int, str] = {}
+    tied: dict[str, list[str]] = {}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        if id(param) in first:
+            tied.setdefault(first[id(param)], []).append(name)
+        else:
+            first[id(param)] = name
+    return tied
+
+
+def _name(fn: object) -> str:
+    return getattr(fn, "__qualname__", type(fn).__qualname__)
+
+
+def _describe_model(model: nn.Module) -> str:
+    sizes = [(param.numel(), param.requires_grad, str(param.dtype)) for param in model.parameters()]
+    total, trained = sum(size for size, _, _ in sizes), sum(size for size, is_trained, _ in sizes if is_trained)
+    dtypes = ", ".join(sorted({dtype.removeprefix("torch.") for _, _, dtype in sizes}))
+    return f"{type(model).__name__}, {total:,} parameters in {len(sizes)} tensors ({trained:,} trained), {dtypes}"
+
+
+def _describe_data(loader: Loader, val_loader: Loader | None) -> str:
+    held_out = f"; {val_loader.examples:,} to evaluate on" if val_loader else "; nothing to evaluate on"
+    return f"{loader.examples:,} examples, {loader.batches_per_epoch:,} steps an epoch{held_out}"
+
+
+def _describe_device(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{device}, {torch.cuda.get_device_name(device)}"
+    return f"{device}, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
+
+
+def _describe_step(config: TrainConfig, loader: Loader, first_weight: float) -> str:
+    examples = min(config.batch_size * config.accumulate, loader.examples)
+    per_step = first_weight * config.accumulate
+    clip = "no clipping" if config.clip_norm is None else f"clip to norm {config.clip_norm:g}"
+    ema = "" if config.ema is None else f", EMA {config.ema:g} (evaluated and returned)"
+    return (
+        f"{examples} examples ({config.batch_size} x {config.accumulate}), "
+        f"about {per_step:,.0f} counted by the loss (tokens, labels); {clip}{ema}; seed {config.seed}"
+    )
+
+
+def _describe_output(config: TrainConfig, stop: int) -> str:
+    if config.out_dir is None:
+        return "nothing is saved" + (" (fast_dev_run)" if config.fast_dev_run else ": pass out_dir= to keep the run")
+    every = f"every {config.save_every} steps and " if config.save_every and config.save_every < stop else ""
+    return f"{os.fspath(config.out_dir)}: history.jsonl, checkpoints {every}at the end"
+
+
+def _describe_start(
+    state: TrainState, stop: int, resumed_from: Path | None, manifest: Manifest | None, record: dict[str, Any]
+) -> str:
+    if resumed_from is None or manifest is None:
+        return f"step 0 of {stop}"
+    if state.cursor >= stop:
+        return f"this run is complete: step {state.cursor} of {stop}; a larger max_steps or max_epochs continues it"
+    new = {**record["config"], "optimizer": record["optimizer"]}
+    old = {**manifest.config, "optimizer": manifest.optimizer}
+    ignored = {"resume", "out_dir", "progress", "stop", "compile"}
+    changed = [f"{name} {old.get(name)} -> {new[name]}" for name in new if old.get(name) != new[name]]
+    changed = [text for text in changed if text.split(" ")[0] not in ignored]
+    return f"step {state.cursor} of {stop}, resumed from {resumed_from}" + (
+        f"; changed: {'; '.join(changed)}" if changed else ""
+    )

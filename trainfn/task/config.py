@@ -1,0 +1,172 @@
+"""``TrainConfig``: every setting of ``fit`` that is plain data, as one frozen value."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import attrs
+
+from trainfn.errors import ConfigError, suggest
+
+_OTHER_NAMES = {  # what Lightning, Hugging Face and Keras call our settings: answered, never accepted in silence
+    "accumulate_grad_batches": "accumulate",
+    "gradient_accumulation_steps": "accumulate",
+    "epochs": "max_epochs",
+    "num_train_epochs": "max_epochs",
+    "gradient_clip_val": "clip_norm",
+    "max_grad_norm": "clip_norm",
+    "learning_rate": "lr",
+    "per_device_train_batch_size": "batch_size",
+    "train_batch_size": "batch_size",
+    "num_workers": "workers",
+    "dataloader_num_workers": "workers",
+    "default_root_dir": "out_dir",
+    "output_dir": "out_dir",
+    "resume_from_checkpoint": "resume",
+    "ckpt_path": "resume",
+    "logging_steps": "log_every",
+    "log_every_n_steps": "log_every",
+    "eval_steps": "eval_every",
+    "save_steps": "save_every",
+    "val_dataset": "val_data",
+    "eval_dataset": "val_data",
+    "callbacks": "observers",
+}
+
+
+def _at_least(least: float, kind: type | tuple[type, ...] = int) -> Callable[[Any], bool]:
+    def fits(value: Any) -> bool:
+        return isinstance(value, kind) and not isinstance(value, bool) and least <= value < math.inf
+
+    return fits
+
+
+def _setting(default: Any, expected: str, fits: Callable[[Any], bool], *, optional: bool = False) -> Any:
+    def accepts(value: Any) -> bool:
+        return (optional and value is None) or fits(value)
+
+    text = f"{expected}, or None" if optional else expected
+    return attrs.field(default=default, metadata={"expected": text, "fits": accepts})
+
+
+def _positive(value: Any) -> bool:
+    return _at_least(0.0, (int, float))(value) and value > 0
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, (str, os.PathLike)) and bool(os.fspath(value))
+
+
+@attrs.frozen(kw_only=True)
+class TrainConfig:
+    """The settings of :func:`trainfn.fit` that are plain data. Steps are counted in batches consumed.
+
+    Attributes:
+        max_steps: stop after this many steps in all, those before a resume included.
+        max_epochs: stop after this many passes over the data; whichever limit comes first.
+        batch_size: examples in a micro-batch.
+        accumulate: micro-batches in a step; a step sees ``batch_size * accumulate`` examples.
+        lr: peak learning rate of the default optimizer: AdamW, warm-up, then a cosine to 0.
+        warmup_steps: steps of warm-up; 5 % of the run and at most 100 if None.
+        clip_norm: largest norm of the mean gradient; None for no clipping.
+        ema: decay of a moving average of the parameters, which is then what is evaluated and returned.
+        eval_every: steps between evaluations; once an epoch if None. There is always one at the end.
+        log_every: steps between rows of the history.
+        save_every: steps between checkpoints; only the one at the end if None.
+        out_dir: the run directory; nothing is written if None.
+        resume: ``"auto"`` continues what is in ``out_dir`` if anything is, a path continues from there.
+        seed: what the order of the data and every random draw is derived from.
+        shuffle: a new order of the training data every epoch.
+        drop_last: leave out the short step at the end of an epoch.
+        workers: processes that fetch batches.
+        device: ``"auto"`` (a GPU if there is one) or a torch device.
+        compile: ``"auto"``, ``"graph"`` or ``"eager"``; see :func:`trainfn.compile`.
+        halt_after: stop the run after this many steps in a row with non-finite numbers.
+        progress: show the run header and a progress bar, or plain lines where there is no terminal.
+        fast_dev_run: two eager steps, two evaluation batches, nothing written: does it run at all?
+    """
+
+    max_steps: int | None = _setting(None, "an int >= 1", _at_least(1), optional=True)
+    max_epochs: int | None = _setting(None, "an int >= 1", _at_least(1), optional=True)
+    batch_size: int = _setting(32, "an int >= 1", _at_least(1))
+    accumulate: int = _setting(1, "an int >= 1", _at_least(1))
+    lr: float = _setting(1e-3, "a number > 0", _positive)
+    warmup_steps: int | None = _setting(None, "an int >= 0", _at_least(0), optional=True)
+    clip_norm: float | None = _setting(1.0, "a number > 0", _positive, optional=True)
+    ema: float | None = _setting(
+        None, "a number in [0, 1)", lambda v: _at_least(0.0, (int, float))(v) and v < 1, optional=True
+    )
+    eval_every: int | None = _setting(None, "an int >= 1", _at_least(1), optional=True)
+    log_every: int = _setting(10, "an int >= 1", _at_least(1))
+    save_every: int | None = _setting(1000, "an int >= 1", _at_least(1), optional=True)
+    out_dir: str | os.PathLike[str] | None = _setting(None, "a path", _is_path, optional=True)
+    resume: str | os.PathLike[str] | None = _setting(None, '"auto" or a path', _is_path, optional=True)
+    seed: int = _setting(0, "an int in [0, 2**63)", lambda v: _at_least(0)(v) and v < 2**63)
+    shuffle: bool = _setting(True, "a bool", _is_bool)
+    drop_last: bool = _setting(False, "a bool", _is_bool)
+    workers: int = _setting(0, "an int >= 0", _at_least(0))
+    device: str = _setting("auto", '"auto" or the name of a device', lambda v: isinstance(v, str))
+    compile: Literal["auto", "eager", "graph"] = _setting(
+        "auto", '"auto", "eager" or "graph"', lambda v: v in ("auto", "eager", "graph")
+    )
+    halt_after: int = _setting(3, "an int >= 1", _at_least(1))
+    progress: bool = _setting(True, "a bool", _is_bool)
+    fast_dev_run: bool = _setting(False, "a bool", _is_bool)
+
+    def __attrs_post_init__(self) -> None:
+        wrong = [
+            f"{field.name}={getattr(self, field.name)!r} (expected {field.metadata['expected']})"
+            for field in attrs.fields(type(self))
+            if not field.metadata["fits"](getattr(self, field.name))
+        ]
+        if self.max_steps is None and self.max_epochs is None:
+            wrong.append("max_steps and max_epochs both missing: say how long to train")
+        if self.resume == "auto" and self.out_dir is None:
+            wrong.append('resume="auto" without out_dir: there is nowhere to look')
+        if wrong:
+            raise ConfigError("The settings cannot be used.", got="\n    ".join(["", *wrong]))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the settings as a JSON object.
+
+        >>> TrainConfig(max_steps=10).to_json()["batch_size"]
+        32
+        """
+        raw = attrs.asdict(self)
+        return {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in raw.items()}
+
+
+def make_config(settings: Mapping[str, Any], *, also: tuple[str, ...] = ()) -> TrainConfig:
+    """Return the configuration that keyword arguments describe.
+
+    Args:
+        settings: keyword arguments.
+        also: other names that the caller takes, for suggestions.
+
+    Raises:
+        ConfigError: unknown names, each with the nearest right one; or values that cannot be used, all together.
+
+    >>> make_config({"max_steps": 10, "learning_rate": 1e-3})
+    Traceback (most recent call last):
+        ...
+    trainfn.errors.ConfigError: There is no such setting.
+      got: learning_rate (here it is called 'lr')
+    """
+    known = [field.name for field in attrs.fields(TrainConfig)]
+    unknown = [name for name in settings if name not in known]
+    if unknown:
+
+        def answer(name: str) -> str:
+            if name in _OTHER_NAMES:
+                return f"{name} (here it is called {_OTHER_NAMES[name]!r})"
+            return f"{name} ({suggest(name, [*known, *also])})"
+
+        raise ConfigError("There is no such setting.", got="; ".join(answer(name) for name in unknown))
+    return TrainConfig(**settings)
