@@ -62,23 +62,22 @@ def target(batch: Batch) -> Tensor:
 
 
 def micro_batches(batch: Batch, count: int) -> list[Batch]:
-    """Divide a batch into at most ``count`` micro-batches, in order, as views; their lengths differ by at most one.
+    """Divide a batch into at most ``count`` micro-batches, in order, as views; all but the last are equally long.
 
-    A batch with fewer examples than ``count`` gives one micro-batch an example. Leaves without a batch dimension go
-    into each micro-batch.
+    A short batch gives fewer micro-batches rather than shorter ones. Leaves without a batch dimension go into each.
 
     >>> import torch
-    >>> [part["x"].tolist() for part in micro_batches({"x": torch.arange(5)}, 2)]
-    [[0, 1, 2], [3, 4]]
+    >>> [part["x"].tolist() for part in micro_batches({"x": torch.arange(5)}, 3)]
+    [[0, 1], [2, 3], [4]]
     """
     if count == 1:
         return [batch]
     length = batch_length(batch)
-    parts = max(1, min(count, length))
-    short, longer = divmod(length, parts)
-    starts = [index * short + min(index, longer) for index in range(parts + 1)]
+    size = max(1, -(-length // count))
 
-    def part(start: int, stop: int) -> Batch:
-        return map_leaves(lambda leaf: leaf[start:stop] if isinstance(leaf, Tensor) and leaf.ndim else leaf, batch)
+    def part(start: int) -> Batch:
+        return map_leaves(
+            lambda leaf: leaf[start : start + size] if isinstance(leaf, Tensor) and leaf.ndim else leaf, batch
+        )
 
-    return [part(start, stop) for start, stop in zip(starts, starts[1:], strict=False)]
+    return [part(start) for start in range(0, max(length, 1), size)]
