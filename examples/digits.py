@@ -1,6 +1,6 @@
 """A small convolutional net on scikit-learn's handwritten digits (8 x 8 pixels, they come with the package).
 
-    python examples/digits.py --steps 400 --out-dir runs/digits
+python examples/digits.py --steps 400 --out-dir runs/digits
 """
 
 import argparse

@@ -74,7 +74,9 @@ def test_batch_whose_leaves_disagree_in_length():
 
 
 def test_forward_that_does_not_take_what_the_loader_gives():
-    refused(ModelError, "Two.forward(image, caption)", "x: float32", model=with_a_parameter(Two()), data={"x": X, "y": Y})
+    refused(
+        ModelError, "Two.forward(image, caption)", "x: float32", model=with_a_parameter(Two()), data={"x": X, "y": Y}
+    )
 
 
 def test_forward_that_fails_on_the_shapes():

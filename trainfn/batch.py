@@ -6,7 +6,7 @@ field called ``labels``, ``label``, ``targets``, ``target`` or ``y``; everything
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -44,7 +44,7 @@ def target(batch: Batch) -> Tensor:
     if isinstance(batch, dict):
         found = [name for name in TARGET_NAMES if name in batch]
         if len(found) == 1:
-            return batch[found[0]]
+            return cast(Tensor, batch[found[0]])
         if len(found) > 1:
             raise DataError(
                 "The batch has more than one target.",
@@ -53,7 +53,7 @@ def target(batch: Batch) -> Tensor:
                 hint="drop the others, or pass a loss function of your own: loss(outputs, batch)",
             )
     elif isinstance(batch, (tuple, list)) and len(batch) > 1:
-        return batch[-1]
+        return cast(Tensor, batch[-1])
     raise DataError(
         "The batch has no target.",
         expected=f"a tuple (inputs, target), or a dict with one of {', '.join(TARGET_NAMES)}",

@@ -103,9 +103,7 @@ def fit(
     >>> result.history[-1]["loss"] < 0.2
     True
     """
-    planned = plan(
-        model, data, loss=loss, val_data=val_data, optimizer=optimizer, collate=collate, **settings
-    )
+    planned = plan(model, data, loss=loss, val_data=val_data, optimizer=optimizer, collate=collate, **settings)
     return carry_out(planned, observers)
 
 
@@ -276,14 +274,15 @@ def _ending(planned: Plan, state: TrainState, seconds: float, val_loss: float, c
 
 def _show_settings() -> None:
     """Let ``help(fit)`` and completion list the settings, which are written down once, in TrainConfig."""
-    for function in (fit, plan):
+    functions: tuple[Any, ...] = (fit, plan)
+    for function in functions:
         signature = inspect.signature(function)
         kept = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
         settings = [
             inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
             for field in attrs.fields(TrainConfig)
         ]
-        function.__signature__ = signature.replace(parameters=[*kept, *settings])  # type: ignore[attr-defined]
+        function.__signature__ = signature.replace(parameters=[*kept, *settings])
 
 
 _show_settings()

@@ -53,7 +53,7 @@ def make_arguments(model: nn.Module) -> Callable[[Batch], Arguments]:
         kwargs |= {name: batch[name] for name in required if name in batch}
         missing = [name for name in required if name not in kwargs]
         spare = [name for name in fields if name not in kwargs]
-        if len(missing) == 1 and len(spare) == 1 or (not kwargs and len(spare) == 1 and len(missing) <= 1 and named):
+        if (len(missing) == 1 and len(spare) == 1) or (not kwargs and len(spare) == 1 and len(missing) <= 1 and named):
             kwargs[(missing or named)[0]] = fields[spare[0]]
         elif missing or not kwargs:
             raise mismatch(batch)

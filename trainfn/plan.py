@@ -1,4 +1,4 @@
-"""``plan``: everything about a run that is decided before its first step, and every mistake that can be found by then."""
+"""``plan``: everything that is decided before a run's first step, and every mistake that can be found by then."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """``make_step``: the composition that gives a training step its meaning. Eager, and the reference for every other mode.
 
-    step = update . fold(merge) . map(gradients)
+step = update . fold(merge) . map(gradients)
 
-    update: norm -> verdict -> divide by weight and clip -> optimizer -> select by verdict -> EMA -> TrainState'
+update: norm -> verdict -> divide by weight and clip -> optimizer -> select by verdict -> EMA -> TrainState'
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from trainfn.loss import Loss, LossSum, resolve
 from trainfn.optim import Transform
 from trainfn.optim.clip import check_max_norm, clip_factor
 from trainfn.state import Params, Report, TrainState, trainable
-from trainfn.tree import norm, select
+from trainfn.tree import evolve, norm, select
 
 UpdateFn = Callable[[TrainState, Gradients], TrainState]
 
@@ -140,7 +140,7 @@ def make_update(optimizer: Transform, *, clip_norm: float | None = None, ema: fl
             grads = {name: grad * factor.to(grad.dtype) for name, grad in found.grads.items()}
             updates, opt = optimizer.update(grads, state.opt, params, state.step)
             new = select(applied, {name: param + updates[name] for name, param in params.items()}, params)
-            return attrs.evolve(
+            return evolve(
                 state,
                 step=state.step + applied,
                 params=state.params | new,
@@ -164,7 +164,7 @@ def finished(before: TrainState, after: TrainState) -> TrainState:
     """Return a transition's result as the next step's input: one batch further, the trained parameters marked so."""
     for name in trainable(before.params):
         after.params[name].requires_grad_()
-    return attrs.evolve(after, cursor=before.cursor + 1, seed=before.seed)
+    return evolve(after, cursor=before.cursor + 1, seed=before.seed)
 
 
 @contextmanager

@@ -26,15 +26,14 @@ Tree = Any
 """A tensor, None, or a dict, list, tuple or record of trees."""
 
 T = TypeVar("T")
-C = TypeVar("C", bound=type)
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, eq_default=False, field_specifiers=(attrs.field,))
-def record(cls: C) -> C:
+def record(cls: type[T]) -> type[T]:
     """Make ``cls`` a frozen, keyword-only value that ``torch.compile`` can build and that PyTorch sees as a pytree.
 
     attrs' own frozen ``__init__`` cannot be traced by ``torch.compile(fullgraph=True)``; a plain one that calls
-    ``object.__setattr__`` can, so that is what gets written here. ``attrs.evolve`` works inside and outside compiled
+    ``object.__setattr__`` can, so that is what gets written here. ``evolve`` works inside and outside compiled
     code, and assigning to a field raises ``attrs.exceptions.FrozenInstanceError``. There is no ``==``: a comparison
     of tensors is not a truth value.
 
@@ -46,13 +45,13 @@ def record(cls: C) -> C:
     ... class Pair:
     ...     left: Tensor
     ...     right: int = 0
-    >>> attrs.evolve(Pair(left=torch.ones(2)), right=3)
+    >>> evolve(Pair(left=torch.ones(2)), right=3)
     Pair(left=tensor([1., 1.]), right=3)
     """
-    made = attrs.define(cls, frozen=True, init=False, eq=False, kw_only=True, slots=False)
+    made: Any = attrs.define(cls, frozen=True, init=False, eq=False, kw_only=True, slots=False)
     fields = attrs.fields(made)
     for field in fields:
-        if isinstance(field.default, (Tensor, dict, list, set)) or isinstance(field.default, attrs.Factory):  # type: ignore[arg-type]
+        if isinstance(field.default, (Tensor, dict, list, set, attrs.Factory)):  # type: ignore[arg-type]
             raise TypeError(f"{cls.__name__}.{field.name}: a record field cannot have a {type(field.default)} default")
     made.__init__ = _make_init(made)
     names = made.__record_fields__ = tuple(field.name for field in fields)
@@ -66,7 +65,20 @@ def record(cls: C) -> C:
         ),
         serialized_type_name=f"{made.__module__}.{made.__qualname__}",
     )
-    return cast(C, made)
+    return cast(type[T], made)
+
+
+def evolve(value: T, **changes: Any) -> T:
+    """Return a copy of a record with some fields replaced.
+
+    >>> @record
+    ... class Pair:
+    ...     left: int
+    ...     right: int
+    >>> evolve(Pair(left=1, right=2), right=3)
+    Pair(left=1, right=3)
+    """
+    return cast(T, attrs.evolve(cast(Any, value), **changes))
 
 
 def named_leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -134,7 +146,8 @@ def norm(tree: Tree) -> Tensor:
     if not leaves:
         return torch.zeros((), dtype=torch.float64)
     wide = torch.float32 if leaves[0].device.type == "mps" else torch.float64
-    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(leaf, dtype=wide) for leaf in leaves]))
+    norms = [torch.linalg.vector_norm(leaf, dtype=wide) for leaf in leaves]
+    return cast(Tensor, torch.linalg.vector_norm(torch.stack(norms)))
 
 
 def batch_length(batch: Tree) -> int:

@@ -18,7 +18,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import attrs
 import torch
 from torch import Tensor
 
@@ -27,11 +26,11 @@ from trainfn.errors import CompileError, ConfigError, DonatedStateError, Trainfn
 from trainfn.loss import LossSum
 from trainfn.state import Params, TrainState, trainable
 from trainfn.step import Step, finished, surroundings
-from trainfn.tree import Tree, describe, named_leaves
+from trainfn.tree import Tree, describe, evolve, named_leaves
 
 Mode = Literal["auto", "eager", "graph"]
 
-_LEAST_STEPS = 500  # heuristic: cold compilation costs 10 to 40 s, about what it saves over this many small steps
+_STEPS_PER_TENSOR = 100  # heuristic: a second of cold compilation for each tensor, 10 ms saved in each step
 _MOST_PROGRAMS = 64  # batch shapes for which a program is kept
 _MOST_UNROLLED = 4  # micro-batches are unrolled in the program, which grows, and so does compile time, with each
 
@@ -49,7 +48,7 @@ def compile(
 
     Args:
         step: from :func:`trainfn.make_step`.
-        mode: ``"graph"``, ``"eager"``, or ``"auto"``, which chooses from the device, accumulation and ``steps``. If
+        mode: ``"graph"``, ``"eager"``, or ``"auto"``, which chooses from device, tensors and ``steps``. If
             ``auto`` chose ``graph`` and the model cannot be compiled, it says so and goes on in ``eager``.
         donate: write the new state into the old one's memory. The old state is consumed: any use of it raises.
         steps: how many steps will be run, if known; short runs do not earn their compilation.
@@ -68,8 +67,8 @@ def compile(
     >>> state.params
     Traceback (most recent call last):
         ...
-    trainfn.errors.DonatedStateError: This state was consumed by the step that made batch 0 into the next state.
-      expected: the state that the step returned
+    trainfn.errors.DonatedStateError: This state was consumed by the step over batch 0.
+      expected: the state that the step returned: it was written into this one's memory
       try: go on with the returned state, or compile with donate=False
     """
     if mode not in get_args(Mode):
@@ -106,9 +105,9 @@ class CompiledStep:
         if result is None:
             after = self.step(state, batch)
         elif self.donate:
-            after = attrs.evolve(state, report=result, cursor=state.cursor + 1)
+            after = evolve(state, report=result, cursor=state.cursor + 1)
         else:
-            after = finished(state, attrs.evolve(result, params=state.params | result.params))
+            after = finished(state, evolve(result, params=state.params | result.params))
         if self.donate:
             _consume(state)
         self._last = weakref.ref(after)
@@ -121,12 +120,12 @@ class CompiledStep:
     def settle(self, state: TrainState) -> tuple[Mode, str]:
         """Decide what ``auto`` means for this state's device, once; return the mode and the reason."""
         if self.mode == "auto":
-            self.mode, self.reason = _choose(state.step.device, self.step.accumulate, self._steps)
+            self.mode, self.reason = _choose(state, self.step.accumulate, self._steps)
         return self.mode, self.reason
 
     def _run(self, state: TrainState, batch: Batch) -> Any:
         """Run the program on tensors alone: to the compiler, a seed or cursor would be a constant to specialise on."""
-        tensors = attrs.evolve(state, seed=0, cursor=0)
+        tensors = evolve(state, seed=0, cursor=0)
         # A state that this step returned has the structure of the one before it: nothing to look at again.
         key = _signature(batch), None if state is self._last() else _signature(tensors)
         if key not in self._known:
@@ -186,11 +185,13 @@ def _make_program(step: Step, *, donate: bool, backend: str) -> Callable[[TrainS
     def program(state: TrainState, batch: Batch) -> Any:
         after = step.transition(state, batch)
         # Frozen parameters are handed through outside the program; an input is not to be its output.
-        changed = attrs.evolve(after, params={name: after.params[name] for name in trainable(state.params)})
+        changed = evolve(after, params={name: after.params[name] for name in trainable(state.params)})
         if not donate:
             return changed
         with torch.no_grad():
             for (_, old), (_, new) in zip(_written(state), _written(changed), strict=True):
+                if old.ndim == 0:  # a copy straight into a [] float64 input is lost (torch 2.11, 2.13); not by a view
+                    old, new = old.view(1), new.view(1)
                 old.copy_(new)
         return changed.report
 
@@ -218,8 +219,8 @@ class _ConsumedState(TrainState):
             return object.__getattribute__(self, name)
         batch = object.__getattribute__(self, "__dict__")["_batch"]
         raise DonatedStateError(
-            f"This state was consumed by the step that made batch {batch} into the next state.",
-            expected="the state that the step returned",
+            f"This state was consumed by the step over batch {batch}.",
+            expected="the state that the step returned: it was written into this one's memory",
             hint="go on with the returned state, or compile with donate=False",
         )
 
@@ -231,12 +232,13 @@ def _signature(tree: Tree) -> Hashable:
     )
 
 
-def _choose(device: torch.device, accumulate: int, steps: int | None) -> tuple[Mode, str]:
-    if steps is not None and steps < _LEAST_STEPS:
-        return "eager", f"{steps} steps would not earn back the compilation"
+def _choose(state: TrainState, accumulate: int, steps: int | None) -> tuple[Mode, str]:
+    tensors = len(trainable(state.params))
+    if steps is not None and steps < _STEPS_PER_TENSOR * tensors:
+        return "eager", f"{steps} steps would not earn back the compilation of {tensors} tensors' update"
     if accumulate > _MOST_UNROLLED:
         return "eager", f"{accumulate} micro-batches would make too long a program"
-    missing = _missing_tool(device)
+    missing = _missing_tool(state.step.device)
     if missing:
         return "eager", f"torch.compile needs {missing}, which was not found"
     return "graph", "one program for the whole step"

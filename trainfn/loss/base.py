@@ -87,7 +87,8 @@ def check_labels(labels: Tensor, shape: tuple[int, ...], logits: Tensor) -> None
     Raises:
         DataError: another dtype or shape.
     """
-    if not isinstance(labels, Tensor) or labels.dtype.is_floating_point or labels.dtype in (torch.bool, torch.complex64):
+    dtype = labels.dtype if isinstance(labels, Tensor) else torch.bool
+    if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
         raise DataError(
             "The labels have the wrong dtype.",
             expected="class indices of an integer dtype",

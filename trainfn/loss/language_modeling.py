@@ -11,7 +11,7 @@ References:
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -76,7 +76,7 @@ def _labels(batch: Batch, ignore_index: int) -> Tensor:
         mask = fields.pop("attention_mask", None)
         tokens = fields.get("input_ids", next(iter(fields.values())) if len(fields) == 1 else None)
         if tokens is not None:
-            return tokens if mask is None else tokens.masked_fill(mask == 0, ignore_index)
+            return cast(Tensor, tokens if mask is None else tokens.masked_fill(mask == 0, ignore_index))
     elif isinstance(batch, Tensor):
         return batch
     return target(batch)

@@ -28,9 +28,7 @@ class SGDState:
     momentum: Params
 
 
-def sgd(
-    lr: float | Schedule, *, momentum: float = 0.0, nesterov: bool = False, weight_decay: float = 0.0
-) -> Transform:
+def sgd(lr: float | Schedule, *, momentum: float = 0.0, nesterov: bool = False, weight_decay: float = 0.0) -> Transform:
     """Return SGD, as ``torch.optim.SGD`` without dampening.
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import attrs
 
@@ -39,7 +39,7 @@ _OTHER_NAMES = {  # what Lightning, Hugging Face and Keras call our settings: an
 
 def _at_least(least: float, kind: type | tuple[type, ...] = int) -> Callable[[Any], bool]:
     def fits(value: Any) -> bool:
-        return isinstance(value, kind) and not isinstance(value, bool) and least <= value < math.inf
+        return isinstance(value, kind) and not isinstance(value, bool) and bool(least <= cast(float, value) < math.inf)
 
     return fits
 
