@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import trainfn
 
-CONTEXT, WIDTH, HEADS, LAYERS = 64, 128, 4, 4
+CONTEXT, WIDTH, HEADS, LAYERS = 64, 96, 4, 2
 
 
 class Block(nn.Module):
@@ -86,7 +86,7 @@ def main() -> None:
         trainfn.data.ByteText(text[:-held_out], length=CONTEXT, stride=1),
         val_data=trainfn.data.ByteText(text[-held_out:], length=CONTEXT),
         loss="language_modeling",
-        lr=2e-3,
+        lr=3e-3,
         batch_size=12,
         max_steps=args.steps,
         eval_every=500,

@@ -16,7 +16,7 @@
 | ``data`` | ``order``, ``Loader``, data sets |
 | ``store`` | checkpoints and history |
 | ``task`` | ``TrainConfig`` |
-| ``plan`` | what is decided before the first step |
+| ``plan``, ``header`` | what is decided before the first step, and how it is said |
 | ``observers`` | what watches a run |
 | ``fit`` | ``fit``, ``run``, ``evaluate`` |
 """

@@ -116,8 +116,11 @@ def carry_out(planned: Plan, observers: Sequence[Observer] = ()) -> FitResult:
     last = {"val_loss": math.nan}
 
     def keep(state: TrainState) -> Path | None:
+        if config.out_dir is None:
+            return None
         metrics = {name: value for name, value in recorder.rows[-1].items() if isinstance(value, (int, float))}
-        return None if config.out_dir is None else save(state, config.out_dir, metrics=metrics, **planned.record)
+        record = planned.record | {"config": planned.record["config"] | {"compile_mode": planned.step.mode}}
+        return save(state, config.out_dir, metrics=metrics, **record)
 
     for state in run(planned):
         recorder.step(state)

@@ -11,6 +11,7 @@ from typing import Any, TextIO
 
 import torch
 
+from trainfn.header import header
 from trainfn.health import Verdict
 from trainfn.plan import Plan
 from trainfn.state import Report, TrainState
@@ -69,7 +70,7 @@ class Progress:
         self._shown, self._began, self._first = 0, time.perf_counter(), plan.state.cursor
         if not plan.config.progress:
             return
-        print(*plan.header, sep="\n", file=self._stream, flush=True)
+        print(*header(plan), sep="\n", file=self._stream, flush=True)
         if plan.state.cursor < plan.stop and (self._stream.isatty() or "ipykernel" in sys.modules):
             self._bar = tqdm(total=plan.stop, initial=plan.state.cursor, file=self._stream, dynamic_ncols=True)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -43,9 +42,10 @@ class Plan:
         val_loader: the evaluation data, or None.
         stop: the run ends when the cursor is here.
         device: where the state is.
+        counted: the loss's weight of the first micro-batch (tokens, labels, examples).
         resumed_from: the checkpoint's directory, or None for a fresh start.
+        previous: that checkpoint's manifest, or None.
         record: what every checkpoint of this run says about it.
-        header: the decisions, as lines for people.
     """
 
     config: TrainConfig
@@ -57,9 +57,10 @@ class Plan:
     val_loader: Loader | None
     stop: int
     device: torch.device
+    counted: float
     resumed_from: Path | None
+    previous: Manifest | None
     record: dict[str, Any]
-    header: list[str]
 
     def to_device(self, batch: Batch) -> Batch:
         """Return the batch with its tensors on the run's device."""
@@ -122,33 +123,20 @@ def plan(
     }
     _check_writable(config.out_dir)
     state, resumed_from, manifest = _resume(config, state, record)
-    compiled = compile(step, mode=_mode(config, manifest), donate=True, steps=stop)
-    record["config"]["compile_mode"], _ = compiled.settle(state)
-    lines = {
-        "trainfn": f"on torch {torch.__version__}, python {platform.python_version()}",
-        "model": _describe_model(model),
-        "data": _describe_data(loader, val_loader),
-        "device": _describe_device(device),
-        "step": _describe_step(config, loader, float(first.weight)),
-        "optimizer": optimizer.name,
-        "compile": f"{compiled.mode}: {compiled.reason}"
-        + ("; the first step waits for the compiler" if compiled.mode == "graph" else ""),
-        "output": _describe_output(config, stop),
-        "start": _describe_start(state, stop, resumed_from, manifest, record),
-    }
     return Plan(
         config=config,
         model=model,
         optimizer=optimizer,
-        step=compiled,
+        step=compile(step, mode=_mode(config, manifest), donate=True, steps=stop),
         state=state,
         loader=loader,
         val_loader=val_loader,
         stop=stop,
         device=device,
+        counted=float(first.weight),
         resumed_from=resumed_from,
+        previous=manifest,
         record=record,
-        header=[f"{name:<10}{text}" for name, text in lines.items()],
     )
 
 
@@ -304,56 +292,3 @@ def _tied(model: nn.Module) -> dict[str, list[str]]:
 
 def _name(fn: object) -> str:
     return getattr(fn, "__qualname__", type(fn).__qualname__)
-
-
-def _describe_model(model: nn.Module) -> str:
-    sizes = [(param.numel(), param.requires_grad, str(param.dtype)) for param in model.parameters()]
-    total, trained = sum(size for size, _, _ in sizes), sum(size for size, is_trained, _ in sizes if is_trained)
-    dtypes = ", ".join(sorted({dtype.removeprefix("torch.") for _, _, dtype in sizes}))
-    return f"{type(model).__name__}, {total:,} parameters in {len(sizes)} tensors ({trained:,} trained), {dtypes}"
-
-
-def _describe_data(loader: Loader, val_loader: Loader | None) -> str:
-    held_out = f"; {val_loader.examples:,} to evaluate on" if val_loader else "; nothing to evaluate on"
-    return f"{loader.examples:,} examples, {loader.batches_per_epoch:,} steps an epoch{held_out}"
-
-
-def _describe_device(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"{device}, {torch.cuda.get_device_name(device)}"
-    return f"{device}, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
-
-
-def _describe_step(config: TrainConfig, loader: Loader, first_weight: float) -> str:
-    examples = min(config.batch_size * config.accumulate, loader.examples)
-    per_step = first_weight * config.accumulate
-    clip = "no clipping" if config.clip_norm is None else f"clip to norm {config.clip_norm:g}"
-    ema = "" if config.ema is None else f", EMA {config.ema:g} (evaluated and returned)"
-    return (
-        f"{examples} examples ({config.batch_size} x {config.accumulate}), "
-        f"about {per_step:,.0f} counted by the loss (tokens, labels); {clip}{ema}; seed {config.seed}"
-    )
-
-
-def _describe_output(config: TrainConfig, stop: int) -> str:
-    if config.out_dir is None:
-        return "nothing is saved" + (" (fast_dev_run)" if config.fast_dev_run else ": pass out_dir= to keep the run")
-    every = f"every {config.save_every} steps and " if config.save_every and config.save_every < stop else ""
-    return f"{os.fspath(config.out_dir)}: history.jsonl, checkpoints {every}at the end"
-
-
-def _describe_start(
-    state: TrainState, stop: int, resumed_from: Path | None, manifest: Manifest | None, record: dict[str, Any]
-) -> str:
-    if resumed_from is None or manifest is None:
-        return f"step 0 of {stop}"
-    if state.cursor >= stop:
-        return f"this run is complete: step {state.cursor} of {stop}; a larger max_steps or max_epochs continues it"
-    new = {**record["config"], "optimizer": record["optimizer"]}
-    old = {**manifest.config, "optimizer": manifest.optimizer}
-    ignored = {"resume", "out_dir", "progress", "stop", "compile"}
-    changed = [f"{name} {old.get(name)} -> {new[name]}" for name in new if old.get(name) != new[name]]
-    changed = [text for text in changed if text.split(" ")[0] not in ignored]
-    return f"step {state.cursor} of {stop}, resumed from {resumed_from}" + (
-        f"; changed: {'; '.join(changed)}" if changed else ""
-    )

@@ -1,0 +1,89 @@
+"""The run header: everything a plan has decided, as lines for people."""
+
+from __future__ import annotations
+
+import os
+import platform
+
+import torch
+from torch import nn
+
+from trainfn.data import Loader
+from trainfn.plan import Plan
+from trainfn.task import TrainConfig
+
+
+def header(plan: Plan) -> list[str]:
+    """Return the lines that say what will be run, on what, how, and why.
+
+    >>> import trainfn
+    >>> made = trainfn.plan(nn.Linear(2, 2), torch.ones(8, 2), loss=lambda outputs, batch: outputs.mean(),
+    ...                     max_steps=3, device="cpu")
+    >>> header(made)[1]
+    'model     Linear, 6 parameters in 2 tensors (6 trained), float32'
+    """
+    mode, reason = plan.step.settle(plan.state)
+    lines = {
+        "trainfn": f"on torch {torch.__version__}, python {platform.python_version()}",
+        "model": _describe_model(plan.model),
+        "data": _describe_data(plan.loader, plan.val_loader),
+        "device": _describe_device(plan.device),
+        "step": _describe_step(plan.config, plan.loader, plan.counted),
+        "optimizer": plan.optimizer.name,
+        "compile": f"{mode}: {reason}" + ("; the first step waits for the compiler" if mode == "graph" else ""),
+        "output": _describe_output(plan.config, plan.stop),
+        "start": _describe_start(plan),
+    }
+    return [f"{name:<10}{text}" for name, text in lines.items()]
+
+
+def _describe_model(model: nn.Module) -> str:
+    sizes = [(param.numel(), param.requires_grad, str(param.dtype)) for param in model.parameters()]
+    total, trained = sum(size for size, _, _ in sizes), sum(size for size, is_trained, _ in sizes if is_trained)
+    dtypes = ", ".join(sorted({dtype.removeprefix("torch.") for _, _, dtype in sizes}))
+    return f"{type(model).__name__}, {total:,} parameters in {len(sizes)} tensors ({trained:,} trained), {dtypes}"
+
+
+def _describe_data(loader: Loader, val_loader: Loader | None) -> str:
+    held_out = f"; {val_loader.examples:,} to evaluate on" if val_loader else "; nothing to evaluate on"
+    return f"{loader.examples:,} examples, {loader.batches_per_epoch:,} steps an epoch{held_out}"
+
+
+def _describe_device(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{device}, {torch.cuda.get_device_name(device)}"
+    return f"{device}, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
+
+
+def _describe_step(config: TrainConfig, loader: Loader, first_weight: float) -> str:
+    examples = min(config.batch_size * config.accumulate, loader.examples)
+    per_step = first_weight * config.accumulate
+    clip = "no clipping" if config.clip_norm is None else f"clip to norm {config.clip_norm:g}"
+    ema = "" if config.ema is None else f", EMA {config.ema:g} (evaluated and returned)"
+    return (
+        f"{examples} examples ({config.batch_size} x {config.accumulate}), "
+        f"about {per_step:,.0f} counted by the loss (tokens, labels); {clip}{ema}; seed {config.seed}"
+    )
+
+
+def _describe_output(config: TrainConfig, stop: int) -> str:
+    if config.out_dir is None:
+        return "nothing is saved" + (" (fast_dev_run)" if config.fast_dev_run else ": pass out_dir= to keep the run")
+    every = f"every {config.save_every} steps and " if config.save_every and config.save_every < stop else ""
+    return f"{os.fspath(config.out_dir)}: history.jsonl, checkpoints {every}at the end"
+
+
+def _describe_start(plan: Plan) -> str:
+    state, stop, record = plan.state, plan.stop, plan.record
+    if plan.previous is None:
+        return f"step 0 of {stop}"
+    if state.cursor >= stop:
+        return f"this run is complete: step {state.cursor} of {stop}; a larger max_steps or max_epochs continues it"
+    new = {**record["config"], "optimizer": record["optimizer"]}
+    old = {**plan.previous.config, "optimizer": plan.previous.optimizer}
+    ignored = {"resume", "out_dir", "progress", "stop", "compile", "compile_mode"}
+    changed = [f"{name} {old.get(name)} -> {new[name]}" for name in new if old.get(name) != new[name]]
+    changed = [text for text in changed if text.split(" ")[0] not in ignored]
+    return f"step {state.cursor} of {stop}, resumed from {plan.resumed_from}" + (
+        f"; changed: {'; '.join(changed)}" if changed else ""
+    )
