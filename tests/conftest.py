@@ -1,8 +1,18 @@
-"""One profile for hypothesis: the same examples on every run and every machine, and no stop-watch."""
+"""The same examples on every run and every machine, no stop-watch, and one thread.
+
+The nets are small: a second thread costs more than it helps, and on a busy machine ten times as much. Processes that
+tests start inherit the setting, because another number of threads can mean other last bits.
+"""
 
 from __future__ import annotations
 
+import os
+
+import torch
 from hypothesis import settings
+
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 settings.register_profile("trainfn", deadline=None, derandomize=True)
 settings.load_profile("trainfn")

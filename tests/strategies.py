@@ -47,7 +47,7 @@ class Tripled(torch.autograd.Function):
 
 
 class Poisoned(torch.autograd.Function):
-    """The identity on a parameter; ``poison`` ([]) is added to one element of its gradient and shows nowhere else."""
+    """The identity on a parameter; ``poison`` ([B]) is added to one element of its gradient and shows nowhere else."""
 
     @staticmethod
     def forward(ctx: Any, param: Tensor, poison: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ class Poisoned(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (poison,) = ctx.saved_tensors
         first = torch.arange(grad.numel()).reshape(grad.shape) == 0
-        return torch.where(first, grad + poison, grad), None
+        return torch.where(first, grad + poison.sum(), grad), None
 
 
 class Block(nn.Module):
@@ -237,7 +237,11 @@ optimizers = adamws | sgds
 
 @st.composite
 def mlps(
-    draw: st.DrawFn, *, batch_norm: bool = True, dropout: bool = True, dtype: st.SearchStrategy[torch.dtype] | None = None
+    draw: st.DrawFn,
+    *,
+    batch_norm: bool = True,
+    dropout: bool = True,
+    dtype: st.SearchStrategy[torch.dtype] | None = None,
 ) -> MlpRecipe:
     kinds = ["plain", "layer_norm", *(["batch_norm"] if batch_norm else [])]
     blocks = tuple(draw(st.lists(st.sampled_from(kinds), max_size=3)))
@@ -251,7 +255,7 @@ def mlps(
         frozen=draw(st.sampled_from([(), ("blocks.0",), ("first.bias", "head.weight")])),
         wrong_backward=draw(st.booleans()),
         poisoned=draw(st.sampled_from(["first.weight", "head.bias", "temperature"])),
-        dtype=draw(dtype or float32_or_64),
+        dtype=draw(float32_or_64 if dtype is None else dtype),
         seed=draw(st.integers(0, 99)),
     )
 
@@ -265,7 +269,7 @@ def language_models(
         width=draw(st.integers(3, 6)),
         dropout=draw(st.sampled_from([0.0, 0.3])) if dropout else 0.0,
         tied=draw(st.booleans()),
-        dtype=draw(dtype or float32_or_64),
+        dtype=draw(float32_or_64 if dtype is None else dtype),
         seed=draw(st.integers(0, 99)),
     )
 
@@ -273,13 +277,14 @@ def language_models(
 @st.composite
 def setups(draw: st.DrawFn, nets: st.SearchStrategy[Recipe]) -> Setup:
     accumulate = draw(st.sampled_from([1, 1, 2, 3]))
+    share = draw(st.integers(2, 3))  # BatchNorm needs two examples in each micro-batch, the last one too
     return Setup(
         net=draw(nets),
         optimizer=draw(optimizers),
         clip_norm=draw(st.sampled_from([None, 0.05, 1e6])),
         ema=draw(st.sampled_from([None, 0.0, 0.9])),
         accumulate=accumulate,
-        length=draw(st.integers(2 * accumulate, 7)),  # BatchNorm needs two examples in each micro-batch
+        length=accumulate * share - (share == 3 and draw(st.booleans())),
     )
 
 

@@ -37,13 +37,14 @@ def make_arguments(model: nn.Module) -> Callable[[Batch], Arguments]:
     parameters = list(signature.parameters.values())
     named = [p.name for p in parameters if p.kind is not p.VAR_POSITIONAL and p.kind is not p.VAR_KEYWORD]
     required = [p.name for p in parameters if p.name in named and p.default is p.empty]
-    room = float("inf") if any(p.kind is p.VAR_POSITIONAL for p in parameters) else len(named)
+    by_position = [p.name for p in parameters if p.kind in _POSITIONAL]
+    room = float("inf") if any(p.kind is p.VAR_POSITIONAL for p in parameters) else len(by_position)
     takes_any_name = not named and any(p.kind is p.VAR_KEYWORD for p in parameters)
 
     def arguments(batch: Batch) -> Arguments:
         if not isinstance(batch, dict):
             args, _ = inputs(batch)
-            if not len(required) <= len(args) <= room:
+            if not len(required) <= len(args) <= room or not set(required) <= set(by_position):
                 raise mismatch(batch)
             return args, {}
         _, fields = inputs(batch)

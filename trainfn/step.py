@@ -67,7 +67,7 @@ class Step:
             batch: any batch.
             params: used in place of the state's parameters of the same names, for example ``state.ema``.
         """
-        with surroundings(self.model, state, training=False), torch.no_grad():
+        with surroundings(self.model, state, training=False):
             return self.loss(state.params | (params or {}), dict(state.buffers), batch)
 
 
@@ -169,8 +169,8 @@ def finished(before: TrainState, after: TrainState) -> TrainState:
 
 @contextmanager
 def surroundings(model: nn.Module, state: TrainState, *, training: bool) -> Iterator[None]:
-    """Hold everything a forward reads besides its arguments: module modes, and random draws from (seed, cursor)."""
-    with _mode(model, training), _seeded(state):
+    """Hold what a forward reads besides its arguments: modes, whether to record gradients, draws by (seed, cursor)."""
+    with _mode(model, training), _seeded(state), torch.set_grad_enabled(training):
         yield
 
 

@@ -207,7 +207,9 @@ def digest(tree: Tree) -> str:
     for name, leaf in named_leaves(tree):
         sha.update(f"{name}:{describe(leaf)}\n".encode())
         if isinstance(leaf, Tensor):
-            raw = leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            # contiguous() leaves the stride 0 of an expanded dimension of size 1 as it is, which view() then refuses.
+            whole = leaf.detach().cpu().clone(memory_format=torch.contiguous_format)
+            raw = whole.reshape(-1).view(torch.uint8)
             sha.update(ctypes.string_at(raw.data_ptr(), raw.numel()) if raw.numel() else b"")
         else:
             sha.update(repr(leaf).encode())

@@ -136,7 +136,7 @@ def test_buffers_are_threaded_through_micro_batches_in_order(
     torch.testing.assert_close(dict(after.buffers), dict(oracle.named_buffers()), rtol=0, atol=0)
 
 
-# --- controls -----------------------------------------------------------------------------------------------------------
+# --- controls ---------------------------------------------------------------------------------------------------------
 
 
 def mean_of_means(parts: list[Gradients]) -> Tree:

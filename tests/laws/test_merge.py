@@ -113,7 +113,7 @@ def test_contributions_of_a_net_merge_in_any_order_and_grouping(
     assert digest(right) == digest(reduce(merge, [gradients(params, {}, part) for part in parts]))
 
 
-# --- controls: things that look like a merge ----------------------------------------------------------------------------
+# --- controls: things that look like a merge --------------------------------------------------------------------------
 
 
 def average(a: Gradients, b: Gradients) -> Gradients:

@@ -16,7 +16,18 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import trainfn
-from tests.strategies import Batch, LmRecipe, MlpRecipe, Setup, few, language_models, mlps, optimizers, setups, torch_warns_of_itself
+from tests.strategies import (
+    Batch,
+    LmRecipe,
+    MlpRecipe,
+    Setup,
+    few,
+    language_models,
+    mlps,
+    optimizers,
+    setups,
+    torch_warns_of_itself,
+)
 from trainfn.optim import Transform, adamw, sgd
 from trainfn.state import Params, TrainState
 from trainfn.tree import Tree, digest
@@ -121,7 +132,7 @@ def test_evaluation_writes_to_nothing(setup: Setup, mode: str) -> None:
     assert not found.total.requires_grad
 
 
-@few
+@settings(few, max_examples=5)
 @given(any_setup, modes)
 def test_a_compiled_step_writes_to_nothing(setup: Setup, mode: str) -> None:
     model, batch = setup.net.model(), setup.batch()
@@ -147,7 +158,7 @@ def test_a_compiled_step_that_raises_writes_to_nothing(setup: Setup, where: str,
         step(state, batch)
 
 
-@settings(few, max_examples=4)
+@settings(few, max_examples=3)
 @given(optimizers, st.booleans())
 def test_a_donating_step_writes_to_its_state_and_to_nothing_else(optimizer: Transform, warm: bool) -> None:
     setup = Setup(MlpRecipe(blocks=("batch_norm",), dropout=0.3, frozen=("head.bias",)), optimizer, ema=0.9)
@@ -160,7 +171,7 @@ def test_a_donating_step_writes_to_its_state_and_to_nothing_else(optimizer: Tran
         step(state, batch)
 
 
-# --- controls: the same checker, things that are wrong on purpose -------------------------------------------------------
+# --- controls: the same checker, things that are wrong on purpose -----------------------------------------------------
 
 
 def impure_sgd(lr: float) -> Transform:

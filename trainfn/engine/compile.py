@@ -32,6 +32,7 @@ Mode = Literal["auto", "eager", "graph"]
 
 _STEPS_PER_TENSOR = 100  # heuristic: a second of cold compilation for each tensor, 10 ms saved in each step
 _MOST_PROGRAMS = 64  # batch shapes for which a program is kept
+_MOST_SURPRISES = 3  # programs compiled again for no new shape, before that is taken as a habit
 _MOST_UNROLLED = 4  # micro-batches are unrolled in the program, which grows, and so does compile time, with each
 
 
@@ -95,7 +96,10 @@ class CompiledStep:
         self.compiles, self.compile_seconds = 0, 0.0
         self._may_fall_back, self._steps = mode == "auto", steps
         self._program: Callable[[TrainState, Batch], Any] | None = None
-        self._known: set[Hashable] = set()
+        self._known: set[Hashable] = set()  # (signature of the batch, number of the state's structure)
+        self._structures: dict[Hashable, int] = {}
+        self._last_structure = 0
+        self._surprises = 0
         self._last: Callable[[], TrainState | None] = lambda: None
 
     def __call__(self, state: TrainState, batch: Batch) -> TrainState:
@@ -125,20 +129,32 @@ class CompiledStep:
 
     def _run(self, state: TrainState, batch: Batch) -> Any:
         """Run the program on tensors alone: to the compiler, a seed or cursor would be a constant to specialise on."""
-        tensors = evolve(state, seed=0, cursor=0)
+        tensors = evolve(state, seed=0, cursor=0, report=None)  # no step reads the last report
         # A state that this step returned has the structure of the one before it: nothing to look at again.
-        key = _signature(batch), None if state is self._last() else _signature(tensors)
+        if state is not self._last():
+            self._last_structure = self._structures.setdefault(_signature(tensors), len(self._structures))
+        key = _signature(batch), self._last_structure
         if key not in self._known:
             return self._first_run(state, tensors, batch, key)
         assert self._program is not None
-        with surroundings(self.step.model, state, training=True):
-            return self._program(tensors, batch)
+        try:
+            with surroundings(self.step.model, state, training=True):
+                return self._program(tensors, batch)
+        except Exception as error:
+            # Something else that the program was made for has changed, and to compile needs what _first_run sets.
+            if not type(error).__module__.startswith("torch._dynamo"):
+                raise
+        return self._first_run(state, tensors, batch, key)
 
-    def _first_run(self, state: TrainState, tensors: TrainState, batch: Batch, key: tuple[Hashable, Hashable]) -> Any:
+    def _first_run(self, state: TrainState, tensors: TrainState, batch: Batch, key: Hashable) -> Any:
         """Run the program where it has to be compiled first. None: it cannot be, and ``auto`` goes on in eager."""
         from torch._dynamo import config
 
         began = time.perf_counter()
+        reason = f"for batches of {describe(batch)}. Batches of one shape need one program: padding, buckets, drop_last"
+        if key in self._known:
+            reason = "though the batch's shape is known: something in Python that the model or loss reads has changed"
+            self._surprises += 1
         with surroundings(self.step.model, state, training=True), torch.no_grad():
             # A mistake in the batch or the model shows here as itself, not as a failure of the compiler.
             buffers = {name: buffer.clone() for name, buffer in state.buffers.items()}
@@ -146,6 +162,8 @@ class CompiledStep:
         if self._program is None:
             self._program = _make_program(self.step, donate=self.donate, backend=self.backend)
         try:
+            if self._surprises > _MOST_SURPRISES:
+                raise RuntimeError("something in Python that the model or the loss reads changes from step to step")
             with (
                 surroundings(self.step.model, state, training=True),
                 config.patch(trace_autograd_ops=True, recompile_limit=_MOST_PROGRAMS),
@@ -160,13 +178,8 @@ class CompiledStep:
         seconds = time.perf_counter() - began
         self.compile_seconds += seconds
         if self.compiles > 1:
-            warnings.warn(
-                f"Another program was compiled, in {seconds:.1f} s, for batches of {describe(batch)}. "
-                "Batches of one shape need one program: drop_last=True, padding or buckets.",
-                CompileWarning,
-                stacklevel=4,
-            )
-        self._known |= {key, (key[0], None)}
+            warnings.warn(f"Another program was compiled, in {seconds:.1f} s, {reason}", CompileWarning, stacklevel=4)
+        self._known.add(key)
         return result
 
     def _refuse(self, error: Exception) -> None:

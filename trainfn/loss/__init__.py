@@ -4,23 +4,41 @@
 |---|---|
 | ``LossSum`` | a total and the weight it is a sum over |
 | ``language_modeling`` | next-token cross-entropy, shifted |
-| ``classification`` | cross-entropy over classes |
+| ``masked_language_modeling``, ``seq2seq`` | cross-entropy over tokens that are aligned with the logits |
+| ``classification``, ``vision_classification`` | cross-entropy over classes |
+| ``segmentation`` | cross-entropy over pixels |
+| ``multi_label`` | binary cross-entropy over labels that do not exclude each other |
+| ``regression`` | squared, absolute or Huber's loss |
+| ``distillation`` | a teacher's distribution and the labels |
+| ``low_precision_safe`` | a loss that is given float32 outputs |
 | ``register``, ``resolve``, ``names`` | losses by name |
 """
 
 from trainfn.loss.base import Loss, LossSum, as_loss_sum, logits_of
-from trainfn.loss.classification import classification
-from trainfn.loss.language_modeling import language_modeling
+from trainfn.loss.classification import classification, segmentation, vision_classification
+from trainfn.loss.distillation import distillation
+from trainfn.loss.language_modeling import language_modeling, masked_language_modeling, seq2seq
+from trainfn.loss.low_precision import low_precision_safe
+from trainfn.loss.multi_label import multi_label
 from trainfn.loss.registry import names, register, resolve
+from trainfn.loss.regression import regression
 
 __all__ = [
     "Loss",
     "LossSum",
     "as_loss_sum",
     "classification",
+    "distillation",
     "language_modeling",
     "logits_of",
+    "low_precision_safe",
+    "masked_language_modeling",
+    "multi_label",
     "names",
     "register",
+    "regression",
     "resolve",
+    "segmentation",
+    "seq2seq",
+    "vision_classification",
 ]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from trainfn.batch import Batch
-from trainfn.errors import DataError, ModelError
+from trainfn.errors import ConfigError, DataError, ModelError
 from trainfn.tree import batch_length, describe, record
 
 
@@ -101,3 +102,24 @@ def check_labels(labels: Tensor, shape: tuple[int, ...], logits: Tensor) -> None
             expected=f"labels {list(shape)} for logits {list(logits.shape)}",
             got=f"labels {list(labels.shape)}",
         )
+
+
+def widened(values: Tensor) -> Tensor:
+    """Return ``values`` in the dtype that sums are made in: float64 stays, all else becomes float32.
+
+    >>> widened(torch.ones(2, dtype=torch.bfloat16))
+    tensor([1., 1.])
+    """
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def check_number(name: str, value: float, *, least: float, most: float = math.inf) -> None:
+    """Raise unless a setting is a finite number from ``least`` to ``most``.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not fits or not least <= value <= most:
+        expected = f"a number >= {least:g}" if most == math.inf else f"a number from {least:g} to {most:g}"
+        raise ConfigError(f"{name} is out of range.", expected=expected, got=repr(value))

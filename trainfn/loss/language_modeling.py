@@ -1,29 +1,36 @@
-"""Next-token cross-entropy.
+"""Cross-entropy over tokens: next tokens, masked tokens, and the tokens of a decoder.
 
-    total = - sum over b, t of log softmax(logits[b, t])[labels[b, t + 1]],   over the labels that are not ignored
+    language_modeling:          total = - sum over b, t of log softmax(logits[b, t])[labels[b, t + 1]]
+    masked_language_modeling:   total = - sum over b, t of log softmax(logits[b, t])[labels[b, t]]
+    seq2seq:                    the same, over a decoder's positions
 
-in nats; the weight is their number. The shift happens here and only here: ``labels`` are aligned with ``input_ids``,
-as in Hugging Face. Letters: B batch, T positions, V vocabulary.
+over the labels that are not ignored, in nats; the weight is their number. The shift of the first happens here and only
+here: ``labels`` are aligned with ``input_ids``, as in Hugging Face. Label smoothing, z-loss and reduction in chunks
+are those of :mod:`trainfn.loss.cross_entropy`. Letters: B batch, T positions, V vocabulary.
 
 References:
     Y. Bengio et al., "A Neural Probabilistic Language Model", JMLR 3, 2003.
+    J. Devlin et al., "BERT: Pre-training of Deep Bidirectional Transformers", https://arxiv.org/abs/1810.04805, 2019.
+    I. Sutskever et al., "Sequence to Sequence Learning with Neural Networks", https://arxiv.org/abs/1409.3215, 2014.
 """
 
 from __future__ import annotations
 
 from typing import Any, cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from trainfn.batch import TARGET_NAMES, Batch, inputs, target
 from trainfn.errors import DataError, ModelError
 from trainfn.loss.base import Loss, LossSum, check_labels, logits_of
+from trainfn.loss.cross_entropy import make_cross_entropy
 from trainfn.tree import describe
 
 
-def language_modeling(*, ignore_index: int = -100) -> Loss:
+def language_modeling(
+    *, ignore_index: int = -100, label_smoothing: float = 0.0, z_loss: float = 0.0, chunk_size: int | None = None
+) -> Loss:
     """Return the loss that trains a model to predict the next token.
 
     Labels are the batch's target field, or else the token ids themselves, with padding (``attention_mask == 0``) left
@@ -31,41 +38,129 @@ def language_modeling(*, ignore_index: int = -100) -> Loss:
 
     Args:
         ignore_index: label that does not count.
+        label_smoothing: share of the target that is spread evenly over the vocabulary, in [0, 1].
+        z_loss: weight of the squared log normaliser, 1e-4 in PaLM; 0 for none.
+        chunk_size: tokens to reduce at a time, for example 4096: the float32 copy of 16-bit logits is then never held
+            whole. The result is the same to rounding.
 
     Raises:
+        ConfigError: an option is out of range.
         DataError: (from the loss) sequences of length 1 hold no next token; labels of another shape or dtype.
         ModelError: (from the loss) logits that are not [B, T, V].
 
+    >>> import torch
     >>> tokens = torch.tensor([[1, 2, 0]])
     >>> perfect = F.one_hot(tokens.roll(-1, 1), 3) * 100.0
     >>> language_modeling()(perfect, {"input_ids": tokens})
     LossSum(total=tensor(0.), weight=tensor(2.))
     """
+    reduce = make_cross_entropy(
+        ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, chunk_size=chunk_size
+    )
 
     def loss(outputs: Any, batch: Batch) -> LossSum:
-        logits = logits_of(outputs)
-        if logits.ndim != 3:
-            raise ModelError(
-                "Language modelling needs logits for every position.",
-                expected="logits [batch, positions, vocabulary]",
-                got=describe(logits),
-            )
-        labels = _labels(batch, ignore_index)
-        check_labels(labels, tuple(logits.shape[:2]), logits)
-        if labels.shape[1] < 2:
-            raise DataError(
-                "A sequence of length 1 holds no next token to learn.",
-                expected="sequences of at least 2 tokens",
-                got=describe(batch),
-            )
-        # The labels are moved, not the logits: a slice of the logits would have to be copied to be flattened.
-        nexts = F.pad(labels[:, 1:].long(), (0, 1), value=ignore_index).reshape(-1)  # (B * T)
-        wide = logits.reshape(-1, logits.shape[-1])  # (B * T, V)
-        wide = wide if wide.dtype == torch.float64 else wide.float()
-        total = F.cross_entropy(wide, nexts, ignore_index=ignore_index, reduction="sum")
-        return LossSum(total=total, weight=(nexts != ignore_index).sum().to(total.dtype))
+        return reduce(*next_tokens(logits_of(outputs), batch, ignore_index))
 
     return loss
+
+
+def masked_language_modeling(
+    *, ignore_index: int = -100, label_smoothing: float = 0.0, z_loss: float = 0.0, chunk_size: int | None = None
+) -> Loss:
+    """Return the loss that trains a model to restore masked tokens: ``labels`` hold them, and -100 everywhere else.
+
+    Nothing is shifted, and nothing is guessed: the batch must have a target field, of the shape of the tokens.
+
+    Args:
+        ignore_index, label_smoothing, z_loss, chunk_size: as in :func:`language_modeling`.
+
+    Raises:
+        ConfigError: an option is out of range.
+        DataError: (from the loss) no labels, or labels of another shape or dtype.
+        ModelError: (from the loss) logits that are not [B, T, V].
+
+    >>> import torch
+    >>> labels = torch.tensor([[-100, 2, -100]])
+    >>> perfect = F.one_hot(torch.tensor([[0, 2, 0]]), 3) * 100.0
+    >>> masked_language_modeling()(perfect, {"input_ids": torch.tensor([[1, 3, 0]]), "labels": labels})
+    LossSum(total=tensor(0.), weight=tensor(1.))
+    """
+    reduce = make_cross_entropy(
+        ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, chunk_size=chunk_size
+    )
+
+    def loss(outputs: Any, batch: Batch) -> LossSum:
+        return reduce(*aligned_tokens(logits_of(outputs), batch, ignore_index))
+
+    return loss
+
+
+def seq2seq(
+    *, ignore_index: int = -100, label_smoothing: float = 0.0, z_loss: float = 0.0, chunk_size: int | None = None
+) -> Loss:
+    """Return the loss that trains an encoder-decoder: ``labels`` are aligned with the decoder's logits.
+
+    The decoder reads the labels moved one to the right, which is the model's or the data set's business (T5 and BART
+    in Hugging Face do it themselves, from ``labels``); so nothing is shifted here.
+
+    Args:
+        ignore_index, label_smoothing, z_loss, chunk_size: as in :func:`language_modeling`.
+
+    Raises:
+        ConfigError: an option is out of range.
+        DataError: (from the loss) no labels, or labels of another shape or dtype.
+        ModelError: (from the loss) logits that are not [B, T, V].
+
+    >>> import torch
+    >>> labels = torch.tensor([[2, 1, -100]])
+    >>> perfect = F.one_hot(torch.tensor([[2, 1, 0]]), 3) * 100.0
+    >>> seq2seq()({"logits": perfect}, {"input_ids": torch.tensor([[4, 5]]), "labels": labels})
+    LossSum(total=tensor(0.), weight=tensor(2.))
+    """
+    return masked_language_modeling(
+        ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, chunk_size=chunk_size
+    )
+
+
+def next_tokens(logits: Tensor, batch: Batch, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Return logits [B * T, V] and, for each, the token that comes next, [B * T]; after the last one, none counts.
+
+    Raises:
+        DataError, ModelError: as in :func:`language_modeling`.
+    """
+    _check_positions(logits)
+    labels = _labels(batch, ignore_index)
+    check_labels(labels, tuple(logits.shape[:2]), logits)
+    if labels.shape[1] < 2:
+        raise DataError(
+            "A sequence of length 1 holds no next token to learn.",
+            expected="sequences of at least 2 tokens",
+            got=describe(batch),
+        )
+    # The labels are moved, not the logits: a slice of the logits would have to be copied to be flattened.
+    nexts = F.pad(labels[:, 1:].long(), (0, 1), value=ignore_index).reshape(-1)  # (B * T)
+    return logits.reshape(-1, logits.shape[-1]), nexts
+
+
+def aligned_tokens(logits: Tensor, batch: Batch, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Return logits [B * T, V] and the labels of the same positions, [B * T].
+
+    Raises:
+        DataError, ModelError: as in :func:`masked_language_modeling`.
+    """
+    _check_positions(logits)
+    labels = target(batch)
+    check_labels(labels, tuple(logits.shape[:2]), logits)
+    return logits.reshape(-1, logits.shape[-1]), labels.long().reshape(-1)
+
+
+def _check_positions(logits: Tensor) -> None:
+    if logits.ndim != 3:
+        raise ModelError(
+            "Language modelling needs logits for every position.",
+            expected="logits [batch, positions, vocabulary]",
+            got=describe(logits),
+        )
 
 
 def _labels(batch: Batch, ignore_index: int) -> Tensor:

@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from trainfn.errors import ConfigError, suggest
 from trainfn.loss.base import Loss
-from trainfn.loss.classification import classification
-from trainfn.loss.language_modeling import language_modeling
+from trainfn.loss.classification import classification, segmentation, vision_classification
+from trainfn.loss.distillation import distillation
+from trainfn.loss.language_modeling import language_modeling, masked_language_modeling, seq2seq
+from trainfn.loss.multi_label import multi_label
+from trainfn.loss.regression import regression
 
 _LOSSES: dict[str, Callable[[], Loss]] = {
     "classification": classification,
+    "distillation": distillation,
+    "huber": partial(regression, kind="huber"),
+    "l1": partial(regression, kind="l1"),
     "language_modeling": language_modeling,
+    "masked_language_modeling": masked_language_modeling,
+    "mse": partial(regression, kind="mse"),
+    "multi_label": multi_label,
+    "regression": regression,
+    "segmentation": segmentation,
+    "seq2seq": seq2seq,
+    "vision_classification": vision_classification,
 }
 
 

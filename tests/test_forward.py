@@ -1,0 +1,94 @@
+"""How a batch meets a forward: the table of what goes where, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from torch import nn
+
+from trainfn.errors import ModelError
+from trainfn.forward import make_arguments
+
+
+def module(forward: Callable[..., Any]) -> nn.Module:
+    made = nn.Module()
+    made.forward = forward
+    return made
+
+
+def one(x): ...
+def two(x, mask): ...
+def optional(x, mask=None): ...
+def all_optional(input_ids=None, attention_mask=None, labels=None): ...
+def needs_labels(input_ids, labels): ...
+def hugging_face(input_ids=None, attention_mask=None, labels=None, **kwargs): ...
+def any_name(**fields): ...
+def any_number(*tensors): ...
+def mixed(x, *more, scale=1, **fields): ...
+def keyword_only(x, *, mask): ...
+def positional_only(x, /): ...
+def nothing(): ...
+
+
+GOES = [
+    # by name
+    (one, {"x": 1, "y": 9}, (), {"x": 1}),
+    (two, {"mask": 2, "x": 1, "labels": 9}, (), {"x": 1, "mask": 2}),
+    (optional, {"x": 1, "mask": 2, "y": 9}, (), {"x": 1, "mask": 2}),
+    (optional, {"x": 1, "other": 2, "y": 9}, (), {"x": 1}),
+    (keyword_only, {"x": 1, "mask": 2, "y": 9}, (), {"x": 1, "mask": 2}),
+    (any_name, {"a": 1, "b": 2, "y": 9}, (), {"a": 1, "b": 2}),
+    # the one left over belongs to the one missing
+    (one, {"features": 1, "y": 9}, (), {"x": 1}),
+    (two, {"x": 1, "attention": 2, "y": 9}, (), {"x": 1, "mask": 2}),
+    (optional, {"features": 1, "y": 9}, (), {"x": 1}),
+    (all_optional, {"tokens": 1, "labels": 9}, (), {"input_ids": 1}),
+    # targets only to those that require them
+    (all_optional, {"input_ids": 1, "labels": 9}, (), {"input_ids": 1}),
+    (hugging_face, {"input_ids": 1, "attention_mask": 2, "labels": 9}, (), {"input_ids": 1, "attention_mask": 2}),
+    (needs_labels, {"input_ids": 1, "labels": 9}, (), {"input_ids": 1, "labels": 9}),
+    # by position
+    (one, (1, 9), (1,), {}),
+    (one, 1, (1,), {}),
+    (two, (1, 2, 9), (1, 2), {}),
+    (two, [1, 2, 9], (1, 2), {}),
+    (optional, (1, 9), (1,), {}),
+    (optional, (1, 2, 9), (1, 2), {}),
+    (any_number, (1, 2, 3, 9), (1, 2, 3), {}),
+    (mixed, (1, 2, 3, 9), (1, 2, 3), {}),
+    (positional_only, (1, 9), (1,), {}),
+    (positional_only, 1, (1,), {}),
+]
+
+
+@pytest.mark.parametrize(("forward", "batch", "args", "kwargs"), GOES)
+def test_what_goes_where(forward: Callable[..., Any], batch: Any, args: Any, kwargs: Any) -> None:
+    found = make_arguments(module(forward))(batch)
+    assert found == (args, kwargs)
+    forward(*found[0], **found[1])
+
+
+REFUSED = [
+    (two, {"a": 1, "b": 2, "y": 9}),
+    (two, {"x": 1, "y": 9}),
+    (one, {"a": 1, "b": 2, "y": 9}),
+    (one, {"y": 9}),
+    (one, {}),
+    (all_optional, {"a": 1, "b": 2}),
+    (two, (1, 9)),
+    (one, (1, 2, 9)),
+    (keyword_only, (1, 2, 9)),
+    (nothing, (1, 9)),
+    (nothing, {"x": 1}),
+    (two, 1),
+]
+
+
+@pytest.mark.parametrize(("forward", "batch"), REFUSED)
+def test_what_does_not_fit_is_refused_with_both_sides_shown(forward: Callable[..., Any], batch: Any) -> None:
+    with pytest.raises(ModelError) as caught:
+        make_arguments(module(forward))(batch)
+    assert "forward(" in str(caught.value.where)
+    assert "a batch of " in str(caught.value.got)

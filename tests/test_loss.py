@@ -1,0 +1,224 @@
+"""Language modelling and classification against naive sums, what counts, and what is refused."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from typing import Any
+
+import attrs
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from trainfn.errors import ConfigError, DataError, ModelError
+from trainfn.loss import LossSum, as_loss_sum, classification, language_modeling, logits_of, register, resolve
+from trainfn.loss import registry as loss_registry
+
+IGNORED = -100
+
+
+def nats(row: list[float], label: int) -> float:
+    """Minus the log of the softmax of one row, in plain Python."""
+    return math.log(sum(math.exp(number) for number in row)) - row[label]
+
+
+@st.composite
+def sequences(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
+    """Logits [B, T, V] and labels [B, T], some of which do not count."""
+    batch, length, words = draw(st.integers(1, 3)), draw(st.integers(2, 5)), draw(st.integers(2, 4))
+    count = batch * length
+    numbers = draw(st.lists(st.floats(-9, 9), min_size=count * words, max_size=count * words))
+    labels = draw(st.lists(st.sampled_from([IGNORED, *range(words)]), min_size=count, max_size=count))
+    logits = torch.tensor(numbers, dtype=torch.float64).reshape(batch, length, words)
+    return logits, torch.tensor(labels).reshape(batch, length)
+
+
+@settings(max_examples=60)
+@given(sequences())
+def test_language_modeling_is_the_sum_over_next_tokens(drawn: tuple[Tensor, Tensor]) -> None:
+    logits, labels = drawn
+    found = language_modeling()(logits, {"input_ids": labels.clamp(min=0), "labels": labels})
+    counted = [
+        nats(row, label)
+        for rows, row_labels in zip(logits.tolist(), labels.tolist(), strict=True)
+        for row, label in zip(rows[:-1], row_labels[1:], strict=True)
+        if label != IGNORED
+    ]
+    assert float(found.total) == pytest.approx(sum(counted), rel=1e-12, abs=1e-12)
+    assert float(found.weight) == len(counted)
+    assert (found.total.dtype, found.weight.shape) == (torch.float64, torch.Size([]))
+
+
+@settings(max_examples=60)
+@given(sequences())
+def test_classification_is_the_sum_over_examples(drawn: tuple[Tensor, Tensor]) -> None:
+    logits, labels = drawn[0].flatten(0, 1), drawn[1].flatten()
+    found = classification()(logits, (None, labels))
+    pairs = zip(logits.tolist(), labels.tolist(), strict=True)
+    counted = [nats(row, label) for row, label in pairs if label != IGNORED]
+    assert float(found.total) == pytest.approx(sum(counted), rel=1e-12, abs=1e-12)
+    assert float(found.weight) == len(counted)
+
+
+def uniform(batch: int, length: int, words: int) -> Tensor:
+    return torch.zeros(batch, length, words)
+
+
+@pytest.mark.parametrize(
+    ("fields", "weight"),
+    [
+        ({}, 6),  # every token but the first of each row; token 0 is a token like any other
+        ({"attention_mask": [[1, 1, 1, 0], [1, 1, 0, 0]]}, 3),
+        ({"attention_mask": [[0, 0, 1, 1], [0, 1, 1, 1]]}, 5),  # padded on the left
+        ({"attention_mask": [[True] * 4, [False] * 4]}, 3),
+        ({"labels": [[9, 1, 1, IGNORED], [IGNORED] * 4]}, 2),
+        ({"labels": [[0] * 4] * 2, "attention_mask": [[1, 0, 0, 0]] * 2}, 6),  # labels say for themselves what counts
+    ],
+)
+def test_which_tokens_count(fields: dict[str, Any], weight: int) -> None:
+    batch = {"input_ids": torch.zeros(2, 4, dtype=torch.int64)} | {k: torch.tensor(v) for k, v in fields.items()}
+    found = language_modeling()(uniform(2, 4, 10), batch)
+    assert float(found.weight) == weight
+    assert float(found.total) == pytest.approx(weight * math.log(10))
+
+
+@pytest.mark.parametrize("batch", [torch.tensor([[1, 2, 0]]), {"tokens": torch.tensor([[1, 2, 0]])}])
+def test_the_tokens_of_a_batch_that_is_nothing_else_are_its_labels(batch: Any) -> None:
+    assert float(language_modeling()(uniform(1, 3, 5), batch).weight) == 2
+
+
+def test_the_labels_are_the_next_tokens_and_not_the_same_ones() -> None:
+    tokens = torch.tensor([[3, 1, 4, 1]])
+    knows_next = torch.nn.functional.one_hot(torch.tensor([[1, 4, 1, 0]]), 5) * 50.0
+    repeats = torch.nn.functional.one_hot(tokens, 5) * 50.0
+    assert float(language_modeling()(knows_next, {"input_ids": tokens}).total) < 1e-6
+    assert float(language_modeling()(repeats, {"input_ids": tokens}).total) > 100
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
+@pytest.mark.parametrize("wide", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_every_integer_names_a_class_and_sums_are_wide(dtype: torch.dtype, wide: torch.dtype) -> None:
+    found = classification()(torch.zeros(3, 4, dtype=wide), (None, torch.tensor([0, 1, 3], dtype=dtype)))
+    assert found.total.dtype == found.weight.dtype == (torch.float64 if wide == torch.float64 else torch.float32)
+    assert float(found.weight) == 3
+
+
+def test_another_label_can_be_the_one_ignored() -> None:
+    assert float(classification(ignore_index=0)(torch.zeros(3, 4), (None, torch.tensor([0, 1, 0]))).weight) == 1
+    batch = {"input_ids": torch.tensor([[1, 0, 2]]), "labels": torch.tensor([[1, 0, 2]])}
+    assert float(language_modeling(ignore_index=0)(uniform(1, 3, 4), batch).weight) == 1
+
+
+@pytest.mark.parametrize("labels", [torch.full((3,), IGNORED), torch.zeros(0, dtype=torch.int64)])
+def test_where_nothing_counts_the_sum_is_zero_and_can_be_differentiated(labels: Tensor) -> None:
+    logits = torch.zeros(len(labels), 4, requires_grad=True)
+    found = classification()(logits, (None, labels))
+    assert (float(found.total.detach()), float(found.weight)) == (0.0, 0.0)
+    (grad,) = torch.autograd.grad(found.total, logits)
+    assert not grad.any()
+
+
+REFUSED = [
+    (language_modeling(), uniform(2, 1, 4), {"input_ids": torch.zeros(2, 1).long()}, DataError, "length 1"),
+    (language_modeling(), uniform(2, 3, 4)[0], {"input_ids": torch.zeros(2, 3).long()}, ModelError, "every position"),
+    (language_modeling(), uniform(2, 3, 4), {"input_ids": torch.zeros(2, 4).long()}, DataError, "shape"),
+    (language_modeling(), uniform(2, 3, 4), {"input_ids": torch.zeros(2, 3)}, DataError, "dtype"),
+    (language_modeling(), uniform(2, 3, 4), {"a": torch.zeros(2, 3), "b": torch.zeros(2, 3)}, DataError, "no target"),
+    (classification(), torch.zeros(3, 4), (None, torch.zeros(3)), DataError, "dtype"),
+    (classification(), torch.zeros(3, 4), (None, torch.zeros(3, dtype=torch.bool)), DataError, "dtype"),
+    (classification(), torch.zeros(3, 4), (None, torch.zeros(3, dtype=torch.complex64)), DataError, "dtype"),
+    (classification(), torch.zeros(3, 4), (None, [0, 1, 2]), DataError, "dtype"),
+    (classification(), torch.zeros(3, 4), (None, torch.zeros(3, 1).long()), DataError, "shape"),
+    (classification(), torch.zeros(3, 4), (None, torch.zeros(2).long()), DataError, "shape"),
+    (classification(), torch.zeros(3), (None, torch.zeros(3).long()), ModelError, "one row of logits"),
+    (classification(), torch.zeros(3, 2, 4), (None, torch.zeros(3).long()), ModelError, "one row of logits"),
+    (classification(), torch.zeros(3, 4), torch.zeros(3), DataError, "no target"),
+]
+
+
+@pytest.mark.parametrize(("loss", "outputs", "batch", "error", "what"), REFUSED)
+def test_what_does_not_fit_is_refused(loss: Any, outputs: Tensor, batch: Any, error: type, what: str) -> None:
+    with pytest.raises(error, match=what):
+        loss(outputs, batch)
+
+
+# --- outputs and sums -------------------------------------------------------------------------------------------------
+
+
+@attrs.define
+class Output:
+    logits: Any = None
+    loss: Any = None
+
+
+class OrderedOutput(OrderedDict):
+    """What Hugging Face returns: a dict whose fields are attributes too."""
+
+    __getattr__ = OrderedDict.__getitem__
+
+
+LOGITS = torch.arange(6.0).reshape(2, 3)
+
+
+@pytest.mark.parametrize(
+    "outputs",
+    [
+        LOGITS,
+        (LOGITS, "hidden states"),
+        [LOGITS],
+        {"loss": torch.ones(()), "logits": LOGITS},
+        Output(logits=LOGITS),
+        OrderedOutput(loss=torch.ones(()), logits=LOGITS),
+    ],
+    ids=lambda outputs: type(outputs).__name__,
+)
+def test_logits_are_found_in_any_output(outputs: Any) -> None:
+    assert logits_of(outputs) is LOGITS
+    assert float(classification()(outputs, (None, torch.tensor([0, 1]))).weight) == 2
+
+
+@pytest.mark.parametrize("outputs", [None, 3, (), ("a", LOGITS), {"scores": LOGITS}, Output(), {"logits": [1.0]}])
+def test_outputs_without_logits_are_refused(outputs: Any) -> None:
+    with pytest.raises(ModelError, match="holds no logits") as caught:
+        logits_of(outputs)
+    assert type(outputs).__name__ in str(caught.value.got)
+
+
+def test_a_scalar_is_a_mean_over_examples_and_a_sum_stays_a_sum() -> None:
+    found = as_loss_sum(torch.tensor(0.5, dtype=torch.float64), (torch.ones(6, 2), torch.ones(6)))
+    assert (float(found.total), float(found.weight), found.weight.dtype) == (3.0, 6.0, torch.float64)
+    own = LossSum(total=torch.tensor(1.0), weight=torch.tensor(0.25))
+    assert as_loss_sum(own, None) is own
+
+
+@pytest.mark.parametrize("value", [1.0, torch.ones(1), torch.ones(2), None, (torch.ones(()), 2)])
+def test_what_cannot_be_added_up_is_refused(value: Any) -> None:
+    with pytest.raises(ModelError, match="cannot be added up"):
+        as_loss_sum(value, torch.ones(2))
+
+
+# --- the registry -----------------------------------------------------------------------------------------------------
+
+
+def test_losses_are_found_by_name_and_functions_are_themselves() -> None:
+    assert callable(resolve("classification"))
+    assert callable(resolve("language_modeling"))
+    assert resolve(logits_of) is logits_of
+
+
+def test_a_registered_loss_is_found_and_a_name_is_taken_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_registry, "_LOSSES", dict(loss_registry._LOSSES))
+    register("mine", lambda: logits_of)
+    assert resolve("mine") is logits_of
+    for name in ("mine", "classification"):
+        with pytest.raises(ConfigError, match="registered already"):
+            register(name, lambda: logits_of)
+
+
+@pytest.mark.parametrize("loss", ["clasification", "", 3, None])
+def test_what_is_no_loss_is_refused(loss: Any) -> None:
+    with pytest.raises(ConfigError, match="loss"):
+        resolve(loss)

@@ -1,0 +1,61 @@
+"""A wrapper for losses that were written without 16-bit outputs in mind.
+
+    low_precision_safe(base)(outputs, batch) = base(outputs in float32, batch)
+
+The losses of this room need no such thing: they make their sums in float32 themselves.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainfn.batch import Batch
+from trainfn.loss.base import Loss, LossSum
+from trainfn.loss.registry import resolve
+from trainfn.tree import map_leaves
+
+
+def low_precision_safe(base: str | Loss) -> Loss:
+    """Return ``base`` with float16 and bfloat16 outputs converted to float32 before it sees them.
+
+    The outputs keep their form: a tensor, tuple, list, dict or record of tensors, a Hugging Face model output, or an
+    object with tensors for attributes, of which a shallow copy is changed.
+
+    Args:
+        base: a registered name or a function ``loss(outputs, batch)``.
+
+    Raises:
+        ConfigError: ``base`` is neither.
+
+    >>> loss = low_precision_safe(lambda outputs, batch: (outputs["x"] * 300).square().mean())
+    >>> loss({"x": torch.ones(2, dtype=torch.float16)}, None)           # in float16 this would be infinite
+    tensor(90000.)
+    """
+    strategy = resolve(base)
+
+    def loss(outputs: Any, batch: Batch) -> LossSum | Tensor:
+        return strategy(_widen(outputs), batch)
+
+    return loss
+
+
+def _widen(outputs: Any) -> Any:
+    if isinstance(outputs, dict) and type(outputs) is not dict:  # transformers' ModelOutput
+        return type(outputs)(**{name: _widen(value) for name, value in outputs.items()})
+    if isinstance(outputs, (Tensor, dict, tuple, list)) or hasattr(type(outputs), "__record_fields__"):
+        return map_leaves(_widen_leaf, outputs)
+    if not hasattr(outputs, "__dict__"):
+        return outputs
+    changed = copy.copy(outputs)
+    for name, value in vars(outputs).items():
+        object.__setattr__(changed, name, map_leaves(_widen_leaf, value))
+    return changed
+
+
+def _widen_leaf(leaf: Any) -> Any:
+    low = isinstance(leaf, Tensor) and leaf.dtype in (torch.float16, torch.bfloat16)
+    return leaf.float() if low else leaf
