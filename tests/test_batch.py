@@ -55,7 +55,11 @@ def test_two_targets_are_refused_and_named() -> None:
 
 @given(st.integers(1, 40), st.integers(1, 50))
 def test_micro_batches_are_the_batch_again_in_order_as_views(length: int, count: int) -> None:
-    batch = {"x": torch.arange(length), "pair": (torch.arange(2 * length).reshape(length, 2), None), "scale": torch.ones(())}
+    batch = {
+        "x": torch.arange(length),
+        "pair": (torch.arange(2 * length).reshape(length, 2), None),
+        "scale": torch.ones(()),
+    }
     parts = micro_batches(batch, count)
     assert 1 <= len(parts) <= min(count, length)
     assert digest(torch.cat([part["x"] for part in parts])) == digest(batch["x"])

@@ -1,4 +1,4 @@
-"""One family of exceptions: every one says what, where, expected, got and what to try, and survives a process border."""
+"""One family of exceptions: each says what, where, expected, got and what to try, and survives a process border."""
 
 from __future__ import annotations
 

@@ -195,7 +195,16 @@ def test_the_digest_tells_apart_nans_of_different_bits_and_finds_equal_ones_equa
     assert digest(bits[0]) == digest(bits[1]) != digest(bits[2])
 
 
-DTYPES = [torch.bool, torch.uint8, torch.int64, torch.uint16, torch.bfloat16, torch.float16, torch.float64, torch.cfloat]
+DTYPES = [
+    torch.bool,
+    torch.uint8,
+    torch.int64,
+    torch.uint16,
+    torch.bfloat16,
+    torch.float16,
+    torch.float64,
+    torch.cfloat,
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

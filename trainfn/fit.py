@@ -84,7 +84,7 @@ def fit(
         data: a tensor, a tuple of tensors ``(inputs, target)``, a dict of tensors, or a map-style data set.
         loss: a registered name, or a function ``loss(outputs, batch)`` that returns a ``LossSum`` or a mean.
         val_data: data to evaluate on, with the same loss and weighting.
-        optimizer: a Transform; AdamW with warm-up and a cosine to 0 if None.
+        optimizer: a Transform; if None, AdamW that spares norms and biases its decay, with warm-up and a cosine to 0.
         collate: makes a batch of a list of a data set's items.
         observers: functions called with the state after every step.
         **settings: the fields of :class:`trainfn.TrainConfig`; ``max_steps`` or ``max_epochs`` is needed.

@@ -17,7 +17,7 @@ from trainfn.data import Loader
 from trainfn.engine import CompiledStep, compile
 from trainfn.errors import CheckpointError, ConfigError, DataError, ModelError, TrainfnError
 from trainfn.loss import Loss, LossSum
-from trainfn.optim import Transform, adamw, warmup_cosine
+from trainfn.optim import Transform, adamw, matrices_only, warmup_cosine
 from trainfn.state import TrainState, init
 from trainfn.step import make_step, surroundings
 from trainfn.store import Manifest, restore, steps
@@ -104,7 +104,7 @@ def plan(
     loader, val_loader = _loaders(config, data, val_data, collate, device)
     stop = min(config.max_steps or 2**62, (config.max_epochs or 2**62) * loader.batches_per_epoch)
     if optimizer is None:
-        optimizer = adamw(lr=_default_schedule(config, stop))
+        optimizer = adamw(lr=_default_schedule(config, stop), decay=matrices_only)
     step = make_step(
         model,
         loss=loss,

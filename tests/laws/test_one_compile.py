@@ -27,7 +27,7 @@ from tests.strategies import (
     torch_warns_of_itself,
 )
 from trainfn.engine.compile import CompiledStep, CompileWarning, Mode
-from trainfn.errors import CompileError
+from trainfn.errors import CompileError, DataError
 from trainfn.health import Verdict
 from trainfn.optim import Transform, adamw, sgd, warmup_cosine
 
@@ -138,6 +138,18 @@ def test_a_state_of_another_kind_is_a_second_program() -> None:
     check_counts(step, counting, 2)
     assert after.params["head.bias"] is frozen.params["head.bias"]
     assert not torch.equal(after.params["head.weight"], frozen.params["head.weight"])
+
+
+def test_a_call_that_failed_leaves_no_trace() -> None:
+    setup = Setup(MlpRecipe(), sgd(0.1))
+    model, counting = setup.net.model(), Counting()
+    step = compiled(setup, model, counting)
+    state = step(setup.state(model), setup.batch())
+    frozen = attrs.evolve(state, params=state.params | {"head.bias": state.params["head.bias"].detach()})
+    with pytest.raises(DataError):
+        step(frozen, setup.batch() | {"y": torch.zeros(6)})
+    step(state, setup.batch())
+    check_counts(step, counting, 1)
 
 
 def test_steps_made_alike_do_not_share_or_exhaust_programs() -> None:

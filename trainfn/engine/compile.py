@@ -73,7 +73,9 @@ def compile(
       try: go on with the returned state, or compile with donate=False
     """
     if mode not in get_args(Mode):
-        raise ConfigError("There is no compile mode of this name.", got=repr(mode), hint=suggest(mode, get_args(Mode)))
+        raise ConfigError(
+            "There is no compile mode of this name.", got=repr(mode), hint=suggest(str(mode), get_args(Mode))
+        )
     return CompiledStep(step, mode=mode, donate=donate, steps=steps, backend=backend)
 
 
@@ -132,6 +134,7 @@ class CompiledStep:
         tensors = evolve(state, seed=0, cursor=0, report=None)  # no step reads the last report
         # A state that this step returned has the structure of the one before it: nothing to look at again.
         if state is not self._last():
+            self._last = lambda: None  # should this call fail, what is held of the last state no longer fits it
             self._last_structure = self._structures.setdefault(_signature(tensors), len(self._structures))
         key = _signature(batch), self._last_structure
         if key not in self._known:
@@ -161,6 +164,7 @@ class CompiledStep:
             self.step.loss(state.params, buffers, micro_batches(batch, self.step.accumulate)[0])
         if self._program is None:
             self._program = _make_program(self.step, donate=self.donate, backend=self.backend)
+        failure: Exception | None = None
         try:
             if self._surprises > _MOST_SURPRISES:
                 raise RuntimeError("something in Python that the model or the loss reads changes from step to step")
@@ -172,7 +176,10 @@ class CompiledStep:
         except (TrainfnError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            self._refuse(error)
+            failure = error
+        if failure is not None:
+            self.step(state, batch)  # a mistake in the loss or the settings is raised here as itself, too
+            self._refuse(failure)
             return None
         self.compiles += 1
         seconds = time.perf_counter() - began

@@ -3,27 +3,74 @@
 | name | what it is |
 |---|---|
 | ``Transform`` | ``init(params)``, ``update(grads, opt_state, params, step)`` |
-| ``adamw``, ``sgd`` | optimizers |
-| ``clip_by_global_norm`` | one factor for all gradients |
+| ``adam``, ``adamw``, ``nadam``, ``radam``, ``lamb`` | optimizers by two moments of the gradient |
+| ``sgd``, ``lion``, ``muon`` | optimizers by its momentum |
+| ``adagrad``, ``rmsprop``, ``adafactor`` | optimizers by its square |
+| ``clip_by_global_norm``, ``clip_by_value``, ``adaptive_clip`` | limits on gradients |
 | ``chain`` | one Transform after another |
-| ``constant``, ``warmup_cosine`` | schedules of the updates applied |
+| ``partition`` | another Transform for each group of parameters |
+| ``matrices_only`` | which parameters weight decay is for |
+| ``constant``, ``linear``, ``cosine``, ``polynomial``, ``inverse_sqrt``, ``piecewise`` | schedules of one phase |
+| ``warmup_cosine``, ``warmup_linear``, ``warmup_stable_decay``, ``one_cycle`` | schedules of several phases |
 """
 
-from trainfn.optim.adamw import AdamState, adamw
-from trainfn.optim.clip import clip_by_global_norm
-from trainfn.optim.schedule import constant, warmup_cosine
+from trainfn.optim.adafactor import AdafactorState, adafactor
+from trainfn.optim.adagrad import AdagradState, adagrad
+from trainfn.optim.adam import adam
+from trainfn.optim.adamw import adamw
+from trainfn.optim.clip import adaptive_clip, clip_by_global_norm, clip_by_value
+from trainfn.optim.decay import Decay, matrices_only
+from trainfn.optim.lamb import lamb
+from trainfn.optim.lion import LionState, lion
+from trainfn.optim.moments import AdamState
+from trainfn.optim.muon import MuonState, muon
+from trainfn.optim.nadam import NadamState, nadam
+from trainfn.optim.partition import Labels, partition
+from trainfn.optim.phases import one_cycle, warmup_cosine, warmup_linear, warmup_stable_decay
+from trainfn.optim.radam import radam
+from trainfn.optim.rmsprop import RMSpropState, rmsprop
+from trainfn.optim.schedule import constant, cosine, inverse_sqrt, linear, piecewise, polynomial
 from trainfn.optim.sgd import SGDState, sgd
 from trainfn.optim.transform import Schedule, Transform, chain
 
 __all__ = [
+    "AdafactorState",
+    "AdagradState",
     "AdamState",
+    "Decay",
+    "Labels",
+    "LionState",
+    "MuonState",
+    "NadamState",
+    "RMSpropState",
     "SGDState",
     "Schedule",
     "Transform",
+    "adafactor",
+    "adagrad",
+    "adam",
     "adamw",
+    "adaptive_clip",
     "chain",
     "clip_by_global_norm",
+    "clip_by_value",
     "constant",
+    "cosine",
+    "inverse_sqrt",
+    "lamb",
+    "linear",
+    "lion",
+    "matrices_only",
+    "muon",
+    "nadam",
+    "one_cycle",
+    "partition",
+    "piecewise",
+    "polynomial",
+    "radam",
+    "rmsprop",
     "sgd",
     "warmup_cosine",
+    "warmup_linear",
+    "warmup_stable_decay",
 ]

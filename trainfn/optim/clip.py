@@ -1,9 +1,12 @@
-"""Clipping by the global norm.
+"""Clipping of gradients: all by one norm, each element by itself, or each unit by the size of its weights.
 
-    g = g min(1, max_norm / |g|),    |g| the 2-norm over all tensors together
+    by global norm : g = g min(1, max_norm / |g|),    |g| the 2-norm over all tensors together
+    by value       : g = min(max(g, -max_value), max_value)
+    adaptive       : g_i = g_i min(1, max_ratio max(|p_i|, eps) / |g_i|),    i one output unit of a tensor
 
 References:
     R. Pascanu, T. Mikolov, Y. Bengio, "On the difficulty of training recurrent neural networks", ICML 2013.
+    A. Brock et al., "High-Performance Large-Scale Image Recognition Without Normalization", arXiv:2102.06171, 2021.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import torch
 from torch import Tensor
 
 from trainfn.errors import ConfigError
+from trainfn.optim.settings import POSITIVE, call, check
 from trainfn.optim.transform import Transform
 from trainfn.state import Params
 from trainfn.tree import Tree, norm
@@ -37,7 +41,57 @@ def clip_by_global_norm(max_norm: float) -> Transform:
         factor = clip_factor(norm(grads), max_norm)
         return {name: grad * factor.to(grad.dtype) for name, grad in grads.items()}, state
 
-    return Transform(lambda params: (), update, f"clip_by_global_norm({max_norm:g})")
+    return Transform(_no_state, update, f"clip_by_global_norm({max_norm:g})")
+
+
+def clip_by_value(max_value: float) -> Transform:
+    """Return the Transform that moves every element of every gradient into [-max_value, max_value].
+
+    Raises:
+        ConfigError: ``max_value`` is not a positive number.
+
+    >>> clip = clip_by_value(1.0)
+    >>> clip.update({"w": torch.tensor([3.0, -0.5])}, clip.init({}), {}, torch.tensor(0))[0]["w"]
+    tensor([ 1.0000, -0.5000])
+    """
+    check("clip_by_value", {"max_value": (max_value, POSITIVE)})
+
+    def update(grads: Params, state: Tree, params: Params, step: Tensor) -> tuple[Params, Tree]:
+        return {name: grad.clamp(-max_value, max_value) for name, grad in grads.items()}, state
+
+    return Transform(_no_state, update, call("clip_by_value", max_value))
+
+
+def adaptive_clip(max_ratio: float = 0.01, *, eps: float = 1e-3) -> Transform:
+    """Return the Transform that keeps each unit's gradient small against its weights. Not elementwise.
+
+    A unit is what lies along the first dimension, such as a linear layer's row or a convolution's filter; a tensor of
+    one dimension or none is one unit.
+
+    Args:
+        max_ratio: largest norm of a unit's gradient, as a fraction of the norm of its weights.
+        eps: least norm that a unit's weights count as having, so that zeros can move.
+
+    Raises:
+        ConfigError: a setting is out of range; all that are, together.
+
+    >>> clip = adaptive_clip(0.1)
+    >>> params = {"w": torch.tensor([[3.0, 4.0], [3.0, 4.0]])}
+    >>> grads = {"w": torch.tensor([[6.0, 8.0], [0.1, 0.0]])}
+    >>> clip.update(grads, clip.init(params), params, torch.tensor(0))[0]["w"]
+    tensor([[0.3000, 0.4000],
+            [0.1000, 0.0000]])
+    """
+    check("adaptive_clip", {"max_ratio": (max_ratio, POSITIVE), "eps": (eps, POSITIVE)})
+
+    def update(grads: Params, state: Tree, params: Params, step: Tensor) -> tuple[Params, Tree]:
+        clipped = {}
+        for name, grad in grads.items():
+            most = max_ratio * _unit_norms(params[name]).clamp(min=eps)
+            clipped[name] = grad * torch.clamp(most / _unit_norms(grad), max=1.0)
+        return clipped, state
+
+    return Transform(_no_state, update, call("adaptive_clip", max_ratio, eps=eps))
 
 
 def clip_factor(grad_norm: Tensor, max_norm: float) -> Tensor:
@@ -53,3 +107,14 @@ def check_max_norm(max_norm: float) -> None:
     """
     if not isinstance(max_norm, (int, float)) or not 0.0 < max_norm < math.inf:
         raise ConfigError("The clip norm is out of range.", expected="a number > 0", got=repr(max_norm))
+
+
+def _no_state(params: Params) -> Tree:
+    return ()
+
+
+def _unit_norms(x: Tensor) -> Tensor:
+    """Norms of the units of ``x``, in a shape that broadcasts against it: (units, 1, ..., 1), or [] for one unit."""
+    along = tuple(range(1, x.ndim)) if x.ndim >= 2 else None
+    norms: Tensor = torch.linalg.vector_norm(x, dim=along, keepdim=along is not None)
+    return norms

@@ -9,13 +9,12 @@ References:
 
 from __future__ import annotations
 
-import math
-
-import torch
 from torch import Tensor
 
-from trainfn.errors import ConfigError
-from trainfn.optim.schedule import as_schedule, describe_schedule
+from trainfn.optim.decay import Decay, with_l2
+from trainfn.optim.moments import zeros
+from trainfn.optim.schedule import as_schedule
+from trainfn.optim.settings import FRACTION, NON_NEGATIVE, PREDICATE, RATE, Rule, call, check
 from trainfn.optim.transform import Schedule, Transform
 from trainfn.state import Params
 from trainfn.tree import record
@@ -28,7 +27,14 @@ class SGDState:
     momentum: Params
 
 
-def sgd(lr: float | Schedule, *, momentum: float = 0.0, nesterov: bool = False, weight_decay: float = 0.0) -> Transform:
+def sgd(
+    lr: float | Schedule,
+    *,
+    momentum: float = 0.0,
+    nesterov: bool = False,
+    weight_decay: float = 0.0,
+    decay: Decay | None = None,
+) -> Transform:
     """Return SGD, as ``torch.optim.SGD`` without dampening.
 
     Args:
@@ -36,36 +42,40 @@ def sgd(lr: float | Schedule, *, momentum: float = 0.0, nesterov: bool = False, 
         momentum: decay rate of the buffer, in [0, 1).
         nesterov: look ahead along the buffer.
         weight_decay: added to the gradient, times the parameter (L2, not decoupled).
+        decay: ``(name, param) -> bool``, which parameters are decayed; all if None.
 
     Raises:
-        ConfigError: a setting is out of range.
+        ConfigError: a setting is out of range; all that are, together.
 
+    >>> import torch
     >>> optimizer, params = sgd(lr=0.5), {"w": torch.ones(1)}
     >>> optimizer.update({"w": torch.ones(1)}, optimizer.init(params), params, torch.tensor(0))[0]["w"]
     tensor([-0.5000])
     """
-    if not (0.0 <= momentum < 1.0 and 0.0 <= weight_decay < math.inf) or (nesterov and momentum == 0.0):
-        raise ConfigError(
-            "A setting of sgd is out of range.",
-            expected="momentum in [0, 1), above 0 for nesterov; weight_decay >= 0",
-            got=f"{momentum=}, {nesterov=}, {weight_decay=}",
-        )
+    check(
+        "sgd",
+        {
+            "lr": (lr, RATE),
+            "momentum": (momentum, FRACTION),
+            "nesterov": (nesterov, Rule("with a momentum above 0 only", lambda value: not value or momentum != 0.0)),
+            "weight_decay": (weight_decay, NON_NEGATIVE),
+            "decay": (decay, PREDICATE),
+        },
+    )
     schedule = as_schedule(lr)
 
     def init(params: Params) -> SGDState:
-        kept = params.items() if momentum else ()
-        return SGDState(momentum={name: torch.zeros_like(param) for name, param in kept})
+        return SGDState(momentum=zeros(params) if momentum else {})
 
     def update(grads: Params, state: SGDState, params: Params, step: Tensor) -> tuple[Params, SGDState]:
         rate = schedule(step)
         updates, buffers = {}, {}
-        for name, grad in grads.items():
-            direction = grad + weight_decay * params[name] if weight_decay else grad
+        for name, direction in with_l2(grads, params, weight_decay, decay).items():
             if momentum:
                 buffers[name] = state.momentum[name] * momentum + direction
                 direction = direction + momentum * buffers[name] if nesterov else buffers[name]
-            updates[name] = direction * -rate.to(grad.dtype)
+            updates[name] = direction * -rate.to(direction.dtype)
         return updates, SGDState(momentum=buffers)
 
-    settings = f"momentum={momentum}, nesterov={nesterov}, weight_decay={weight_decay}"
-    return Transform(init, update, f"sgd(lr={describe_schedule(schedule)}, {settings})", schedule)
+    name = call("sgd", lr=schedule, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, decay=decay)
+    return Transform(init, update, name, schedule)

@@ -1,0 +1,56 @@
+"""Adam, with weight decay as an L2 penalty.
+
+    g = g + weight_decay p,    t = step + 1
+    m = b1 m + (1 - b1) g,    v = b2 v + (1 - b2) g^2
+    update = - lr m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)
+
+References:
+    D. Kingma, J. Ba, "Adam: A Method for Stochastic Optimization", arXiv:1412.6980, 2015.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from trainfn.optim.decay import Decay, with_l2
+from trainfn.optim.moments import AdamState, adam_direction, adam_rules, init_moments, next_moments
+from trainfn.optim.schedule import as_schedule
+from trainfn.optim.settings import call, check
+from trainfn.optim.transform import Schedule, Transform, wide
+from trainfn.state import Params
+
+
+def adam(
+    lr: float | Schedule = 1e-3,
+    *,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    decay: Decay | None = None,
+) -> Transform:
+    """Return Adam. Defaults are those of ``torch.optim.Adam``; for decay that does not pass the moments see ``adamw``.
+
+    Args:
+        lr: a number, or a schedule of the updates applied.
+        betas: decay rates of the first and second moment, each in [0, 1).
+        eps: added to the root of the second moment.
+        weight_decay: added to the gradient, times the parameter.
+        decay: ``(name, param) -> bool``, which parameters are decayed; all if None.
+
+    Raises:
+        ConfigError: a setting is out of range; all that are, together.
+
+    >>> import torch
+    >>> optimizer, params = adam(lr=0.1), {"w": torch.ones(1)}
+    >>> optimizer.update({"w": torch.ones(1)}, optimizer.init(params), params, torch.tensor(0))[0]["w"]
+    tensor([-0.1000])
+    """
+    check("adam", adam_rules(lr, betas, eps, weight_decay, decay))
+    schedule = as_schedule(lr)
+
+    def update(grads: Params, state: AdamState, params: Params, step: Tensor) -> tuple[Params, AdamState]:
+        state = next_moments(with_l2(grads, params, weight_decay, decay), state, *betas)
+        return adam_direction(state, -schedule(step), wide(step) + 1.0, betas=betas, eps=eps), state
+
+    name = call("adam", lr=schedule, betas=betas, eps=eps, weight_decay=weight_decay, decay=decay)
+    return Transform(init_moments, update, name, schedule)

@@ -1,0 +1,50 @@
+"""Weight decay: decoupled from the gradient or added to it, on all parameters or on some.
+
+    decoupled : update = ... - lr weight_decay p
+    L2        : g = g + weight_decay p
+
+References:
+    I. Loshchilov, F. Hutter, "Decoupled Weight Decay Regularization", arXiv:1711.05101, 2019.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from trainfn.state import Params
+
+Decay = Callable[[str, Tensor], bool]
+"""From a parameter's name and the parameter to whether weight decay applies to it. Reads shape and dtype, not data."""
+
+
+def matrices_only(name: str, param: Tensor) -> bool:
+    """Decay weights of two or more dimensions; leave biases and the scales of norms alone.
+
+    >>> import torch
+    >>> matrices_only("weight", torch.ones(2, 3)), matrices_only("bias", torch.ones(2))
+    (True, False)
+    """
+    return param.ndim >= 2
+
+
+def make_shrinkage(weight_decay: float, decay: Decay | None) -> Callable[[str, Tensor, Tensor], Tensor | float]:
+    """Return ``(name, param, rate) -> rate weight_decay param``, or 0 for what is not decayed."""
+
+    def shrinkage(name: str, param: Tensor, rate: Tensor) -> Tensor | float:
+        if not weight_decay or (decay is not None and not decay(name, param)):
+            return 0.0
+        return (rate * weight_decay).to(param.dtype) * param
+
+    return shrinkage
+
+
+def with_l2(grads: Params, params: Params, weight_decay: float, decay: Decay | None) -> Params:
+    """Return the gradients of the loss plus ``weight_decay / 2`` times the squared 2-norm of what is decayed."""
+    if not weight_decay:
+        return grads
+    return {
+        name: grad + weight_decay * params[name] if decay is None or decay(name, params[name]) else grad
+        for name, grad in grads.items()
+    }

@@ -1,0 +1,83 @@
+"""``partition``: another Transform for each group of parameters.
+
+state   = {label: transforms[label].init(the parameters of that label)}
+updates = the union over labels of transforms[label].update(...)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
+
+from trainfn.errors import ConfigError
+from trainfn.optim.settings import describe
+from trainfn.optim.transform import Transform
+from trainfn.state import Params
+from trainfn.tree import Tree
+
+Labels = Callable[[str, Tensor], str]
+"""From a parameter's name and the parameter to its label. Reads shape and dtype, not data."""
+
+
+def partition(labels: Labels, transforms: Mapping[str, Transform]) -> Transform:
+    """Apply to each parameter the Transform of its label. The learning rate reported is that of the first Transform.
+
+    Args:
+        labels: ``(name, param) -> label``; the same for one name at every step.
+        transforms: by label. Those whose label no parameter has do nothing and have no state.
+
+    Raises:
+        ConfigError: there are no transforms. From ``init``: a label has none; every such parameter is listed.
+
+    >>> import torch
+    >>> from trainfn.optim import adamw, muon
+    >>> def labels(name, param):
+    ...     return "muon" if param.ndim == 2 and "embed" not in name else "adamw"
+    >>> optimizer = partition(labels, {"muon": muon(lr=0.02), "adamw": adamw(lr=3e-4)})
+    >>> params = {"embed.weight": torch.ones(5, 2), "hidden.weight": torch.ones(2, 2), "hidden.bias": torch.ones(2)}
+    >>> state = optimizer.init(params)
+    >>> [sorted(state["muon"].momentum), sorted(state["adamw"].mu)]
+    [['hidden.weight'], ['embed.weight', 'hidden.bias']]
+    >>> updates, state = optimizer.update(params, state, params, torch.tensor(0))
+    >>> updates["hidden.bias"]
+    tensor([-0.0003, -0.0003])
+    """
+    if not transforms:
+        raise ConfigError("partition has no Transform to choose from.", expected="one or more", got=repr(transforms))
+    transforms = dict(transforms)
+
+    def init(params: Params) -> Tree:
+        _check_labels(labels, transforms, params)
+        return {label: transforms[label].init(group) for label, group in _groups(labels, transforms, params).items()}
+
+    def update(grads: Params, state: Tree, params: Params, step: Tensor) -> tuple[Params, Tree]:
+        updates, new = {}, {}
+        for label, group in _groups(labels, transforms, params).items():
+            own = {name: grads[name] for name in group}
+            changed, new[label] = transforms[label].update(own, state[label], group, step)
+            updates.update(changed)
+        return {name: updates[name] for name in grads}, new
+
+    parts = ", ".join(f"{label!r}: {transform.name}" for label, transform in transforms.items())
+    name = f"partition({describe(labels)}, {{{parts}}})"
+    return Transform(init, update, name, next(iter(transforms.values())).lr)
+
+
+def _groups(labels: Labels, transforms: Mapping[str, Transform], params: Params) -> dict[str, Params]:
+    """The parameters by label, in the order of the transforms; labels that no parameter has are left out."""
+    given = {name: labels(name, param) for name, param in params.items()}
+    groups = {label: {name: params[name] for name in params if given[name] == label} for label in transforms}
+    return {label: group for label, group in groups.items() if group}
+
+
+def _check_labels(labels: Labels, transforms: Mapping[str, Transform], params: Params) -> None:
+    given = {name: labels(name, param) for name, param in params.items()}
+    unknown = {name: label for name, label in given.items() if label not in transforms}
+    if unknown:
+        raise ConfigError(
+            "A parameter's label has no Transform.",
+            where=", ".join(unknown),
+            expected=f"one of {', '.join(map(repr, transforms))}",
+            got=", ".join(f"{name}: {label!r}" for name, label in unknown.items()),
+        )
