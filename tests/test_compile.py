@@ -259,7 +259,7 @@ def test_a_mistake_after_the_forward_is_told_as_itself(tools: Callable[..., None
 
 # --- draws ------------------------------------------------------------------------------------------------------------
 
-dropping = Setup(MlpRecipe(blocks=("plain", "plain"), width=6, dropout=0.5), sgd(0.1))
+dropping = Setup(MlpRecipe(blocks=("plain",), width=6, dropout=0.5), sgd(0.1))
 
 
 def check_draws(backend: str) -> None:

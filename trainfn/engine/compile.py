@@ -30,7 +30,7 @@ from trainfn.tree import Tree, describe, evolve, named_leaves
 
 Mode = Literal["auto", "eager", "graph"]
 
-_STEPS_PER_TENSOR = 100  # heuristic: a second of cold compilation for each tensor, 10 ms saved in each step
+_LEAST_STEPS = 5_000  # heuristic: cold, two cores compile for 15 to 70 s; a small model's step is 0.5 to 15 ms shorter
 _MOST_PROGRAMS = 64  # batch shapes for which a program is kept
 _MOST_SURPRISES = 3  # programs compiled again for no new shape, before that is taken as a habit
 _MOST_UNROLLED = 4  # micro-batches are unrolled in the program, which grows, and so does compile time, with each
@@ -49,7 +49,7 @@ def compile(
 
     Args:
         step: from :func:`trainfn.make_step`.
-        mode: ``"graph"``, ``"eager"``, or ``"auto"``, which chooses from device, tensors and ``steps``. If
+        mode: ``"graph"``, ``"eager"``, or ``"auto"``, which chooses from the device and ``steps``. If
             ``auto`` chose ``graph`` and the model cannot be compiled, it says so and goes on in ``eager``.
         donate: write the new state into the old one's memory. The old state is consumed: any use of it raises.
         steps: how many steps will be run, if known; short runs do not earn their compilation.
@@ -126,7 +126,7 @@ class CompiledStep:
     def settle(self, state: TrainState) -> tuple[Mode, str]:
         """Decide what ``auto`` means for this state's device, once; return the mode and the reason."""
         if self.mode == "auto":
-            self.mode, self.reason = _choose(state, self.step.accumulate, self._steps)
+            self.mode, self.reason = _choose(state.step.device, self.step.accumulate, self._steps)
         return self.mode, self.reason
 
     def _run(self, state: TrainState, batch: Batch) -> Any:
@@ -252,13 +252,12 @@ def _signature(tree: Tree) -> Hashable:
     )
 
 
-def _choose(state: TrainState, accumulate: int, steps: int | None) -> tuple[Mode, str]:
-    tensors = len(trainable(state.params))
-    if steps is not None and steps < _STEPS_PER_TENSOR * tensors:
-        return "eager", f"{steps} steps would not earn back the compilation of {tensors} tensors' update"
+def _choose(device: torch.device, accumulate: int, steps: int | None) -> tuple[Mode, str]:
+    if steps is not None and steps < _LEAST_STEPS:
+        return "eager", f"{steps} steps would not earn back the compilation (fewer than {_LEAST_STEPS})"
     if accumulate > _MOST_UNROLLED:
         return "eager", f"{accumulate} micro-batches would make too long a program"
-    missing = _missing_tool(state.step.device)
+    missing = _missing_tool(device)
     if missing:
         return "eager", f"torch.compile needs {missing}, which was not found"
     return "graph", "one program for the whole step"
