@@ -262,7 +262,7 @@ def test_a_mistake_after_the_forward_is_told_as_itself(tools: Callable[..., None
 dropping = Setup(MlpRecipe(blocks=("plain",), width=6, dropout=0.5), sgd(0.1))
 
 
-def check_draws(backend: str) -> None:
+def check_draws(backend: str, dropping: Setup = dropping) -> None:
     batch = dropping.batch()
     cold, state = compiled(dropping, mode="graph", backend=backend)
     warm, _ = compiled(dropping, mode="graph", backend=backend)
@@ -283,7 +283,7 @@ def test_the_call_that_compiles_draws_what_later_ones_draw(backend: str) -> None
 
 
 def test_the_call_that_compiles_draws_what_later_ones_draw_under_inductor() -> None:
-    check_draws("inductor")
+    check_draws("inductor", Setup(LmRecipe(tied=True, dropout=0.5), sgd(0.1)))
 
 
 def test_where_the_compiler_may_draw_as_eager_does_it_draws_the_same() -> None:

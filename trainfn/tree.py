@@ -227,6 +227,8 @@ def _make_init(cls: type) -> Callable[..., None]:
 
 
 def _is_node(value: Any) -> bool:
+    if value is None:  # torch 2.11 cannot trace hasattr of None's type
+        return False
     return isinstance(value, (dict, list, tuple)) or hasattr(type(value), "__record_fields__")
 
 
