@@ -69,9 +69,12 @@ def numbers(shapes: list[tuple[int, ...]], dtype: torch.dtype, seed: int) -> lis
 
 
 def check_parity(pair: Pair, ours: Transform, shapes: list[tuple[int, ...]], dtype: torch.dtype, seed: int) -> None:
-    """The same gradients, of sizes from 1e-3 to 1e3, to both; params and torch's agree after every step."""
+    """The same gradients, of sizes from 1e-3 to 1e3, to both; params and torch's agree after every step.
+
+    torch's run in float64: in float32 its decay factor 1 - lr * weight_decay is rounded the same way at every step.
+    """
     params = {str(index): tensor for index, tensor in enumerate(numbers(shapes, dtype, seed))}
-    twins = [tensor.clone().requires_grad_() for tensor in params.values()]
+    twins = [tensor.double().clone().requires_grad_() for tensor in params.values()]
     state, torchs = ours.init(params), pair.theirs(twins)
     for step in range(STEPS):
         scale = 10.0 ** (step % 7 - 3)
@@ -80,7 +83,7 @@ def check_parity(pair: Pair, ours: Transform, shapes: list[tuple[int, ...]], dty
         updates, state = ours.update(named, state, params, torch.tensor(step))
         params = {name: param + updates[name] for name, param in params.items()}
         for twin, grad in zip(twins, grads, strict=True):
-            twin.grad = grad.clone()
+            twin.grad = grad.double().clone()
         torchs.param_groups[0]["lr"] = pair.rates[step % len(pair.rates)]
         torchs.step()
         assert all(tensor.dtype == dtype for tensor in params.values())
@@ -110,10 +113,16 @@ def test_control_a_setting_slightly_off_is_noticed(wrong: Transform, pair: Pair)
         check_parity(pair, wrong, [(2, 3), ()], torch.float32, 0)
 
 
+def calm(pair: Pair) -> Pair:
+    """An Adam that remembers squares: one that does not multiplies a rounding error by 1e7 in 12 steps of training."""
+    first, second = pair.settings["betas"]
+    return attrs.evolve(pair, settings=pair.settings | {"betas": (first, max(second, 0.9)), "eps": 1e-3})
+
+
 @settings(max_examples=12)
 @given(
     mlps(dropout=False, dtype=st.just(torch.float64)) | language_models(dropout=False, dtype=st.just(torch.float64)),
-    adamw_pairs.map(lambda pair: attrs.evolve(pair, settings=pair.settings | {"eps": 1e-3})) | sgd_pairs,
+    adamw_pairs.map(calm) | sgd_pairs,
     st.sampled_from([None, 0.5]),
 )
 def test_a_net_is_trained_as_by_a_loop_written_with_torch(net: Recipe, pair: Pair, clip_norm: float | None) -> None:
@@ -134,12 +143,14 @@ def test_a_net_is_trained_as_by_a_loop_written_with_torch(net: Recipe, pair: Pai
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), nexts.flatten())
         loss.backward()
         if clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(trained, clip_norm)
+            # clip_grad_norm_ adds 1e-6 to the norm, which an Adam that remembers nothing makes 1e-4 of.
+            length = float(torch.cat([param.grad.flatten() for param in trained]).norm())
+            for param in trained:
+                param.grad *= min(1.0, clip_norm / length)
         torchs.step()
-        assert float(state.report.loss) == pytest.approx(float(loss.detach()), rel=1e-5)
-    tolerance = 1e-9 if clip_norm is None else 1e-4  # torch adds 1e-6 to the norm it divides by
-    assert relative_error(state.params, dict(twin.named_parameters())) < tolerance
-    assert relative_error(state.buffers, dict(twin.named_buffers())) < tolerance
+        assert float(state.report.loss) == pytest.approx(float(loss.detach()), rel=1e-9)
+    assert relative_error(state.params, dict(twin.named_parameters())) < 1e-9
+    assert relative_error(state.buffers, dict(twin.named_buffers())) < 1e-9
 
 
 @settings(max_examples=20)

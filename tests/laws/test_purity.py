@@ -106,7 +106,7 @@ def test_an_eager_step_writes_to_nothing(setup: Setup, mode: str, seed: int, no_
     for _ in range(2):
         with untouched(model, state, batch), torch.no_grad() if no_grad else nullcontext():
             after = step(state, batch)
-        assert digest(after.params) != digest(state.params)
+        assert float(after.report.lr) == 0.0 or digest(after.params) != digest(state.params)
         state = after
 
 
