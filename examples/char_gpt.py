@@ -73,6 +73,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", default="32-true", choices=["32-true", "bf16-mixed", "16-mixed", "bf16-true"])
     parser.add_argument("--out-dir", default="runs/char_gpt")
     args = parser.parse_args()
 
@@ -86,11 +87,13 @@ def main() -> None:
         trainfn.data.ByteText(text[:-held_out], length=CONTEXT, stride=1),
         val_data=trainfn.data.ByteText(text[-held_out:], length=CONTEXT),
         loss="language_modeling",
+        metrics=["accuracy", "perplexity"],
         lr=3e-3,
         batch_size=12,
         max_steps=args.steps,
         eval_every=500,
         device=args.device,
+        precision=args.precision,
         out_dir=args.out_dir,
         resume="auto",
     )

@@ -33,6 +33,9 @@ few = settings(max_examples=8, phases=[Phase.explicit, Phase.generate])
 # torch's own tracer instantiates the class of a custom backward, and warns about it.
 torch_warns_of_itself = pytest.mark.filterwarnings("ignore:.*Function.* should not be instantiated:DeprecationWarning")
 
+# A run warns of steps that it skips.
+of_bad_numbers = pytest.mark.filterwarnings("ignore:.*NaN or infinite:trainfn.health.HealthWarning")
+
 
 class Tripled(torch.autograd.Function):
     """The identity, with a backward that is wrong on purpose: three times the gradient."""

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import trainfn
+from tests.strategies import of_bad_numbers
 from trainfn.errors import DivergenceError, DonatedStateError
 from trainfn.observers import Progress
 from trainfn.tree import digest
@@ -151,6 +152,7 @@ def test_max_epochs_and_the_limit_that_comes_first():
     assert train(max_epochs=2, batch_size=15).state.cursor == 8
 
 
+@of_bad_numbers
 def test_bad_batches_are_skipped_and_a_streak_halts(tmp_path):
     spoilt = X.clone()
     spoilt[7] = float("nan")

@@ -14,7 +14,23 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from trainfn.errors import ConfigError, DataError, ModelError
-from trainfn.loss import LossSum, as_loss_sum, classification, language_modeling, logits_of, register, resolve
+from trainfn.loss import (
+    LossSum,
+    PeftWarning,
+    Reading,
+    as_loss_sum,
+    classification,
+    language_modeling,
+    logits_of,
+    low_precision_safe,
+    names,
+    peft_aware,
+    reading_of,
+    register,
+    resolve,
+    segmentation,
+    wrappers,
+)
 from trainfn.loss import registry as loss_registry
 
 IGNORED = -100
@@ -88,6 +104,20 @@ def test_which_tokens_count(fields: dict[str, Any], weight: int) -> None:
 @pytest.mark.parametrize("batch", [torch.tensor([[1, 2, 0]]), {"tokens": torch.tensor([[1, 2, 0]])}])
 def test_the_tokens_of_a_batch_that_is_nothing_else_are_its_labels(batch: Any) -> None:
     assert float(language_modeling()(uniform(1, 3, 5), batch).weight) == 2
+
+
+def test_token_0_and_the_end_of_text_are_trained_and_padding_with_the_same_token_is_not() -> None:
+    """Token 0 stands inside the text, ends it and fills the rest; the mask says which is which."""
+    batch = {"input_ids": torch.tensor([[5, 0, 3, 0, 0, 0]]), "attention_mask": torch.tensor([[1, 1, 1, 1, 0, 0]])}
+    logits = torch.zeros(1, 6, 6, requires_grad=True)
+    found = language_modeling()(logits, batch)
+    (grad,) = torch.autograd.grad(found.total, logits)
+    # Position 0 is to say 0, position 1 is to say 3, position 2 is to say 0: the end. The others learn nothing.
+    assert float(found.weight) == 3
+    assert grad[0].argmin(1).tolist()[:3] == [0, 3, 0]
+    assert grad[0].abs().sum(1).gt(0).tolist() == [True, True, True, False, False, False]
+    del batch["attention_mask"]  # control: without it, padding is trained
+    assert float(language_modeling()(logits, batch).weight) == 5
 
 
 def test_the_labels_are_the_next_tokens_and_not_the_same_ones() -> None:
@@ -222,3 +252,116 @@ def test_a_registered_loss_is_found_and_a_name_is_taken_once(monkeypatch: pytest
 def test_what_is_no_loss_is_refused(loss: Any) -> None:
     with pytest.raises(ConfigError, match="loss"):
         resolve(loss)
+
+
+# --- wrappers, by name and around each other --------------------------------------------------------------------------
+
+
+def mean_output(outputs: Any, batch: Any) -> Tensor:
+    return logits_of(outputs).mean()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "peft_aware(classification)",
+        "low_precision_safe(classification)",
+        "peft_aware(low_precision_safe(classification))",
+        " low_precision_safe( peft_aware( classification ) ) ",
+    ],
+)
+def test_wrappers_are_called_by_name(name: str) -> None:
+    batch = (None, torch.tensor([0, 2]))
+    found, right = resolve(name)(LOGITS, batch), classification()(LOGITS, batch)
+    assert isinstance(found, LossSum)
+    assert isinstance(right, LossSum)
+    assert torch.equal(found.total, right.total)
+    assert torch.equal(found.weight, right.weight)
+    assert hasattr(resolve(name), "check_trained") == ("peft_aware" in name)
+
+
+def test_a_registered_loss_can_be_wrapped_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_registry, "_LOSSES", dict(loss_registry._LOSSES))
+    register("mine", lambda: mean_output)
+    assert resolve("low_precision_safe(mine)")(torch.ones(2).half(), None).dtype == torch.float32  # type: ignore[union-attr]
+    for name in ("peft_aware", "mine(1)"):
+        with pytest.raises(ConfigError):
+            register(name, lambda: mean_output)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("peft_aware(msee)", "did you mean 'mse'"),
+        ("peft_awre(mse)", "did you mean 'peft_aware'"),
+        ("mse(huber)", "no wrapper of this name"),
+        ("peft_aware", "called around the name of a loss"),
+        ("peft_aware()", "called around the name of a loss"),
+        ("peft_aware(peft_aware())", "called around the name of a loss"),
+        (
+            "peft_aware(mse",
+            r"one of low_precision_safe, peft_aware around one of chunked_language_modeling, classification",
+        ),
+        ("peft_aware(mse))", r"peft_aware\(language_modeling\)"),
+        ("(mse)", "called around the name of a loss"),
+        ("peft_aware(mse) + huber", "called around the name of a loss"),
+    ],
+)
+def test_malformed_names_are_told_with_what_is_known(name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resolve(name)
+
+
+def test_wrappers_are_listed_apart() -> None:
+    assert wrappers() == ["low_precision_safe", "peft_aware"]
+    assert not set(wrappers()) & set(names())
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        peft_aware("classification"),
+        peft_aware(mean_output),
+        low_precision_safe(peft_aware(mean_output)),
+        peft_aware(low_precision_safe(mean_output)),
+    ],
+)
+def test_a_peft_aware_loss_asks_whether_a_few_parameters_are_trained(loss: Any) -> None:
+    loss.check_trained(["lora.a"], ["weight", "bias"])
+    with pytest.raises(
+        ModelError, match=r"No parameter is trained[\s\S]*4 frozen: a, b, c, \.\.\.[\s\S]*requires_grad_"
+    ):
+        loss.check_trained([], ["a", "b", "c", "d"])
+    with pytest.raises(ModelError, match="No parameter is trained"):
+        loss.check_trained([], [])
+    with pytest.warns(
+        PeftWarning, match=r"Every parameter is trained \(2: weight, bias\)[\s\S]*requires_grad_\(False\)"
+    ):
+        loss.check_trained(["weight", "bias"], [])
+
+
+def test_a_check_that_a_loss_has_itself_is_asked_too() -> None:
+    asked = []
+
+    class Own:
+        def __call__(self, outputs: Any, batch: Any) -> Tensor:
+            return mean_output(outputs, batch)
+
+        def check_trained(self, trained: Any, frozen: Any) -> None:
+            asked.append((trained, frozen))
+
+    peft_aware(Own()).check_trained(["a"], ["b"])  # type: ignore[attr-defined]
+    low_precision_safe(Own()).check_trained(["a"], [])  # type: ignore[attr-defined]
+    assert asked == [(["a"], ["b"]), (["a"], [])]
+
+
+def test_what_a_loss_says_of_itself_is_seen_through_its_wrappers() -> None:
+    reading = Reading(ignore_index=255)
+    loss = segmentation(ignore_index=255)
+    for wrapped in (loss, peft_aware(loss), low_precision_safe(peft_aware(loss))):
+        assert reading_of(wrapped) == reading
+        assert wrapped.widens  # type: ignore[attr-defined]
+    assert reading_of(resolve("peft_aware(language_modeling)")) == Reading(shift=True)
+    assert reading_of(peft_aware(mean_output)) is None
+    assert not hasattr(peft_aware(mean_output), "widens")  # or else it would not be made safe
+    assert hasattr(low_precision_safe(peft_aware(mean_output)), "widens")

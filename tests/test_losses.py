@@ -128,12 +128,20 @@ class Case:
         return outputs, batch
 
 
+def in_the_outputs_dtype(outputs: Tensor, batch: Batch) -> LossSum:
+    """A loss as someone writes it who has float32 in mind."""
+    rows, labels = outputs.flatten(0, 1), batch["labels"].flatten()
+    total = nn.functional.cross_entropy(rows, labels, reduction="sum")
+    return LossSum(total=total, weight=(labels != IGNORED).sum().to(total.dtype))
+
+
 TOKENS = (6, CLASSES)
 CASES = {
     "classification": Case(aligned),
     "vision_classification": Case(aligned),
     "segmentation": Case(pixels, (CLASSES, 2, 3), (2, 3)),
     "language_modeling": Case(next_token, TOKENS, (6,)),
+    "chunked_language_modeling": Case(next_token, TOKENS, (6,)),
     "masked_language_modeling": Case(aligned, TOKENS, (6,)),
     "seq2seq": Case(aligned, TOKENS, (6,)),
     "multi_label": Case(binary, (3,), (3,), "binary"),
@@ -178,10 +186,15 @@ VARIANTS: dict[str, tuple[Loss, Case]] = {
             teacher=True,
         ),
     ),
-    "low precision safe": (losses.low_precision_safe("seq2seq"), Case(aligned, TOKENS, (6,))),
+    "low precision safe": (losses.low_precision_safe(in_the_outputs_dtype), Case(aligned, TOKENS, (6,))),
+    "peft aware": (losses.peft_aware("segmentation"), Case(pixels, (CLASSES, 2, 3), (2, 3))),
 }
 REGISTERED = losses.names()  # now: a doctest registers one more, later
 NAMES = [*REGISTERED, *VARIANTS]
+
+
+# In torch's own words: creating quantized tensors will go away.
+quantizing = pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
 
 
 def find(name: str) -> tuple[Loss, Case]:
@@ -303,6 +316,23 @@ class Reshaped(nn.Module):
 
 @torch_warns_of_itself
 @pytest.mark.parametrize("name", NAMES)
+def test_a_loss_and_its_gradient_are_one_program(name: str) -> None:
+    torch._dynamo.reset()
+    loss, case = find(name)
+    outputs, batch = case.make(2)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    close(numbers(compiled(outputs, batch)), numbers(loss(outputs, batch)))
+    pair = gradient(compiled, outputs, batch), gradient(loss, outputs, batch)
+    torch.testing.assert_close(*pair, rtol=1e-12, atol=1e-12)
+
+
+# Whole steps for one of each kind, and for every one that does more than call PyTorch's own losses.
+STEPS = ["classification", "distillation", "huber", "multi_label", "chunked, smoothed", "low precision safe"]
+
+
+@torch_warns_of_itself
+@pytest.mark.filterwarnings("ignore::trainfn.loss.PeftWarning")  # nothing is frozen here
+@pytest.mark.parametrize("name", [*STEPS, "peft aware"])
 def test_a_step_is_the_same_as_one_program(name: str) -> None:
     _, case = find(name)
     torch.manual_seed(0)
@@ -328,7 +358,7 @@ def test_chunks_change_memory_and_nothing_else(seed: int, size: int, smoothing: 
     chunked = losses.language_modeling(label_smoothing=smoothing, z_loss=z, chunk_size=size)
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
         given = outputs.to(dtype)
-        close(numbers(chunked(given, batch)), numbers(plain(given, batch)), 1e-6)
+        close(numbers(chunked(given, batch)), numbers(plain(given, batch)), min(tolerance, 1e-6))
         pair = gradient(chunked, given, batch), gradient(plain, given, batch)
         torch.testing.assert_close(*pair, rtol=tolerance, atol=tolerance)
 
@@ -366,7 +396,9 @@ def test_chunks_never_hold_all_logits_in_float32() -> None:
 
     outputs = torch.randn(8, 16, 11).bfloat16()
     batch = {"labels": torch.randint(0, 11, (8, 16))}
-    for loss, largest in ((losses.language_modeling(chunk_size=16), 16 * 11), (losses.language_modeling(), 128 * 11)):
+    lean, plain = losses.language_modeling(chunk_size=16), losses.language_modeling()
+    pairs = [(lean, 16 * 11), (losses.low_precision_safe(lean), 16 * 11), (plain, 128 * 11)]
+    for loss, largest in pairs:
         with Sizes() as sizes:
             gradient(loss, outputs, batch)
         assert sizes.largest == largest
@@ -457,6 +489,70 @@ def test_low_precision_safe_keeps_the_form(form: Callable[[Tensor], Any]) -> Non
     assert losses.low_precision_safe(base)(given, None).dtype == torch.float32  # type: ignore[union-attr]
     assert type(seen[0]) is type(given)
     assert losses.logits_of(given).dtype == torch.float16
+
+
+def test_a_loss_that_sums_in_float32_itself_needs_no_wrapper() -> None:
+    for name in REGISTERED:
+        loss = losses.resolve(name)
+        assert losses.low_precision_safe(loss) is loss
+    safe = losses.low_precision_safe(in_the_outputs_dtype)
+    assert safe is not in_the_outputs_dtype
+    assert losses.low_precision_safe(safe) is safe
+
+
+def test_control_the_loss_of_someone_is_another_number_in_sixteen_bits() -> None:
+    outputs, batch = CASES["seq2seq"].make(1, 40)
+    low = outputs.bfloat16()
+    right = numbers(in_the_outputs_dtype(low.float(), batch))
+    assert numbers(losses.low_precision_safe(in_the_outputs_dtype)(low, batch)) == right
+    assert abs(numbers(in_the_outputs_dtype(low, batch))[0] / right[0] - 1) > 1e-4
+
+
+def eight_bits(outputs: Tensor, kind: torch.dtype) -> Tensor:
+    if not kind.is_floating_point:
+        return torch.quantize_per_tensor(outputs.float(), 0.05, 100 if kind == torch.quint8 else 0, kind)
+    return outputs.to(kind)
+
+
+@quantizing
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "kind",
+    [torch.quint8, torch.qint8, torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz],
+    ids=str,
+)
+def test_quantized_outputs_and_floats_of_eight_bits_are_summed_in_float32(name: str, kind: torch.dtype) -> None:
+    loss, case = find(name)
+    outputs, batch = case.make(1, 6)
+    low = eight_bits(outputs, kind)
+    wide = low.float() if kind.is_floating_point else low.dequantize()
+    if case.teacher:
+        batch["teacher_logits"] = wide + 1.0
+    found = loss(low, batch)
+    assert isinstance(found, LossSum)
+    assert found.total.dtype == torch.float32
+    assert numbers(found) == numbers(loss(wide, batch))
+    if kind.is_floating_point:
+        assert gradient(loss, low, batch).float().isfinite().all()
+
+
+@quantizing
+@pytest.mark.parametrize("kind", [torch.quint8, torch.float8_e5m2])
+def test_control_without_the_wrapper_eight_bits_are_an_error_of_torch(kind: torch.dtype) -> None:
+    outputs, batch = CASES["seq2seq"].make(1, 6)
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        in_the_outputs_dtype(eight_bits(outputs, kind), batch)
+
+
+def test_pixels_that_are_labelled_255_in_uint8_do_not_count() -> None:
+    """As in Pascal VOC and Cityscapes; what stands under them is not looked at."""
+    outputs, batch = CASES["segmentation"].make(0)
+    unknown = batch["labels"] == IGNORED
+    right = pixels(outputs, batch)
+    batch["labels"] = batch["labels"].masked_fill(unknown, 255).to(torch.uint8)
+    hidden = outputs.masked_fill(unknown[:, None], 1e4)
+    assert 0 < int(unknown.sum()) < unknown.numel()
+    close(numbers(losses.segmentation(ignore_index=255)(hidden, batch)), right, 1e-9)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -11,7 +11,7 @@ import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -23,14 +23,11 @@ from trainfn.errors import ConfigError
 from trainfn.step import make_step
 from trainfn.tree import map_leaves, named_leaves
 
-STEPS = 30
+STEPS = 50
 # Largest difference allowed, absolute for elements up to 1 and relative above.
 MOST = {torch.float32: 1e-6, torch.float64: 1e-12}
-# With decoupled decay torch rounds 1 - lr weight_decay to the parameter's dtype, an error of up to 6e-8 in float32 that
-# is the same at every step: 30 of them add up to 1.8e-6. (Subtracting lr weight_decay p, as here, is the nearer to
-# float64.)
-MOST_DECOUPLED = {torch.float32: 2e-6, torch.float64: 1e-12}
-DECOUPLED = ("adamw", "nadam", "radam", "adafactor", "muon")
+# What adding an update to a float32 parameter of size 1 can be off by after that many steps, all rounded one way.
+ROUNDINGS = STEPS * 2.0**-24
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
 
@@ -163,6 +160,7 @@ def muon_settings(draw: Draw) -> dict[str, Any]:
         "momentum": draw.choice([0.0, 0.9, 0.95]),
         "nesterov": draw.random() < 0.5,
         "ns_steps": draw.choice([1, 5]),
+        "adjust_lr": draw.choice(["original", "match_rms_adamw"]),
     }
 
 
@@ -185,10 +183,16 @@ CASES: dict[str, tuple[Callable[..., optim.Transform], Any, Callable[[Draw], dic
 }
 
 
-def make_net(draw: Draw, *, bias: bool) -> nn.Module:
-    wide, narrow = draw.randint(2, 7), draw.randint(1, 4)
-    layers = [nn.Linear(3, wide, bias=bias), nn.Tanh(), nn.Linear(wide, narrow, bias=bias)]
-    return nn.Sequential(*layers)
+def make_net(draw: Draw, *, matrices_only: bool) -> nn.Module:
+    """A net from 3 numbers to at most 4: of one to four layers, with biases, a norm and a convolution or without."""
+    width, out, depth = draw.randint(1, 7), draw.randint(1, 4), draw.randint(0, 2)
+    layers: list[nn.Module] = [nn.Linear(3, width, bias=not matrices_only), nn.Tanh()]
+    if not matrices_only and draw.random() < 0.5:
+        filters = [nn.Unflatten(1, (1, 3)), nn.Conv1d(1, 2, 2), nn.Flatten()]  # (B, 1, 3) -> (B, 2, 2) -> (B, 4)
+        layers = [*filters, nn.Linear(4, width), nn.LayerNorm(width), nn.Tanh()]
+    for _ in range(depth):
+        layers += [nn.Linear(width, width, bias=not matrices_only), nn.Tanh()]
+    return nn.Sequential(*layers, nn.Linear(width, out, bias=not matrices_only))
 
 
 @contextmanager
@@ -202,51 +206,120 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def difference(case: str, seed: int, dtype: torch.dtype) -> float:
-    """Run both sides for STEPS steps on the reference's gradients; return the largest difference of any element."""
-    builder, reference_class, settings_of = CASES[case]
+class Apart(NamedTuple):
+    """Largest differences of any element after any step: of ours and the reference, and of each and a float64 run."""
+
+    each_other: float
+    ours_from_exact: float
+    theirs_from_exact: float
+
+
+def largest(some: list[Tensor], others: list[Tensor]) -> float:
+    return max(
+        float(((one.double() - other.double()).abs() / other.double().abs().clamp(min=1.0)).max())
+        for one, other in zip(some, others, strict=True)
+    )
+
+
+def make_reference(case: str, params: list[Tensor], settings: dict[str, Any]) -> Any:
+    reference_class = CASES[case][1]
+    alone = {} if issubclass(reference_class, Oracle) or case == "muon" else {"foreach": False}
+    theirs = {("adjust_lr_fn" if name == "adjust_lr" else name): value for name, value in settings.items()}
+    return reference_class(params, **theirs, **alone)
+
+
+def compare(case: str, seed: int, dtype: torch.dtype, **wrong: Any) -> Apart:
+    """Run ours, the reference and the reference in float64 for STEPS steps on the reference's gradients.
+
+    Args:
+        wrong: settings that ours gets instead of those drawn, for controls.
+    """
+    builder, _, settings_of = CASES[case]
     draw = random.Random(seed)
     torch.manual_seed(seed)
     with default_dtype(dtype):
-        net, settings = make_net(draw, bias=case != "muon"), settings_of(draw)
-        alone = {} if issubclass(reference_class, Oracle) or case == "muon" else {"foreach": False}
-        reference = reference_class(net.parameters(), **settings, **alone)
-        if case == "muon":
-            for group in reference.param_groups:
-                group["adjust_lr_fn"] = scaling = draw.choice(["original", "match_rms_adamw"])
-            settings["adjust_lr"] = scaling
-        optimizer = builder(**settings)
-        params = {name: param.detach().clone() for name, param in net.named_parameters()}
-        opt, worst = optimizer.init(params), 0.0
-        for step in range(STEPS):
-            net.zero_grad()
-            x = torch.randn(8, 3)
-            (net(x) - x.sum(1, keepdim=True)).square().mean().backward()
-            grads = {name: param.grad.clone() for name, param in net.named_parameters() if param.grad is not None}
-            updates, opt = optimizer.update(grads, opt, params, torch.tensor(step))
-            params = {name: param + updates[name] for name, param in params.items()}
+        net, settings = make_net(draw, matrices_only=case == "muon"), settings_of(draw)
+    exact = [param.detach().double().clone().requires_grad_() for param in net.parameters()]
+    reference, in_full = (
+        make_reference(case, list(net.parameters()), settings),
+        make_reference(case, exact, settings_in_full(settings, dtype)),
+    )
+    optimizer = builder(**settings | wrong)
+    params = {name: param.detach().clone() for name, param in net.named_parameters()}
+    opt, found = optimizer.init(params), Apart(0.0, 0.0, 0.0)
+    for step in range(STEPS):
+        net.zero_grad()
+        x = torch.randn(8, 3, dtype=dtype)
+        (net(x) - x.sum(1, keepdim=True)).square().mean().backward()
+        grads = {name: param.grad.clone() for name, param in net.named_parameters() if param.grad is not None}
+        for param, grad in zip(exact, grads.values(), strict=True):
+            param.grad = grad.double()
+        updates, opt = optimizer.update(grads, opt, params, torch.tensor(step))
+        params = {name: param + updates[name] for name, param in params.items()}
+        with default_dtype(dtype):
             reference.step()
-            assert all(updates[name].dtype == dtype for name in params)
-            for name, param in net.named_parameters():
-                size = param.detach().abs().clamp(min=1.0)
-                worst = max(worst, float(((params[name] - param.detach()).abs() / size).max()))
-    return worst
+        if dtype != torch.float64:
+            with default_dtype(torch.float64):
+                in_full.step()
+        assert all(updates[name].dtype == dtype for name in params)
+        ours, theirs = list(params.values()), [param.detach() for param in net.parameters()]
+        right = theirs if dtype == torch.float64 else [param.detach() for param in exact]
+        now = Apart(largest(ours, theirs), largest(ours, right), largest(theirs, right))
+        found = Apart(*map(max, found, now))
+    return found
+
+
+def settings_in_full(settings: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """The settings of the same run in float64: what None leaves to the dtype stays that of ``dtype``."""
+    if "eps" in settings and isinstance(settings["eps"], tuple) and settings["eps"][0] is None:
+        return settings | {"eps": (torch.finfo(dtype).eps, settings["eps"][1])}
+    return settings
+
+
+def agree(found: Apart, dtype: torch.dtype) -> bool:
+    """Whether ours is torch's, or in float32 as near to the right numbers as the limit or as torch's.
+
+    With decoupled decay torch rounds 1 - lr weight_decay to the parameter's dtype, in float32 by up to 6e-8 and in the
+    same direction at every step, so that after 50 steps it may be 4e-6 from its own float64 run on the same gradients;
+    subtracting lr weight_decay p, as here, does not do that.
+    """
+    if found.each_other <= MOST[dtype]:
+        return True
+    return dtype == torch.float32 and found.ours_from_exact <= max(MOST[dtype], min(found.theirs_from_exact, ROUNDINGS))
 
 
 @DTYPES
 @pytest.mark.parametrize("case", CASES)
 def test_optimizer_is_that_of_torch_or_of_its_paper(case: str, dtype: torch.dtype) -> None:
-    for seed in range(8):
-        assert difference(case, seed, dtype) <= MOST[dtype], f"{case}, seed {seed}"
+    for seed in range(3):
+        found = compare(case, seed, dtype)
+        assert agree(found, dtype), f"{case}, seed {seed}: {found}"
 
 
 @pytest.mark.slow
 @DTYPES
 @pytest.mark.parametrize("case", CASES)
 def test_optimizer_is_that_of_torch_or_of_its_paper_in_many_cases(case: str, dtype: torch.dtype) -> None:
-    most = MOST_DECOUPLED if case in DECOUPLED else MOST
-    for seed in range(100, 300):
-        assert difference(case, seed, dtype) <= most[dtype], f"{case}, seed {seed}"
+    found = {seed: compare(case, seed, dtype) for seed in range(100, 300)}
+    apart = {seed: one for seed, one in found.items() if not agree(one, dtype)}
+    # In float32 one run in a hundred may be as far off as rounding takes it, on our side instead of torch's.
+    assert len(apart) <= (len(found) // 100 if dtype == torch.float32 else 0), f"{case}: {apart}"
+    assert all(one.ours_from_exact <= ROUNDINGS for one in apart.values()), f"{case}: {apart}"
+
+
+@DTYPES
+@pytest.mark.parametrize("case", CASES)
+def test_control_a_learning_rate_slightly_off_is_noticed(case: str, dtype: torch.dtype) -> None:
+    off = {torch.float32: 1.01, torch.float64: 1.0 + 1e-8}[dtype]
+    lr = CASES[case][2](settings_draw(case, 1))["lr"]
+    assert not agree(compare(case, 1, dtype, lr=lr * off), dtype)
+
+
+def settings_draw(case: str, seed: int) -> Draw:
+    """The draw as it stands when the settings of a comparison are drawn."""
+    draw = random.Random(seed)
+    make_net(draw, matrices_only=case == "muon")
+    return draw
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case not in ("lion", "lamb")])
@@ -259,13 +332,14 @@ def test_defaults_are_those_of_torch(case: str) -> None:
         assert ours[name].default == theirs[name].default, name
 
 
-def test_the_comparison_would_notice() -> None:
-    original = CASES["adam"]
-    CASES["adam"] = (lambda **settings: optim.adam(**settings | {"eps": 2 * settings["eps"]}), *original[1:])
-    try:
-        assert max(difference("adam", seed, torch.float64) for seed in range(8)) > 1e-9
-    finally:
-        CASES["adam"] = original
+def test_control_another_eps_is_noticed() -> None:
+    for dtype, eps in ((torch.float64, 1e-9), (torch.float32, 1e-4)):
+        assert not all(agree(compare("adam", seed, dtype, eps=eps), dtype) for seed in range(4))
+
+
+def test_control_torch_in_float32_with_decoupled_decay_is_not_within_the_limit_of_itself() -> None:
+    found = [compare("adamw", seed, torch.float32) for seed in range(100, 106)]
+    assert max(one.theirs_from_exact for one in found) > MOST[torch.float32] > max(one.ours_from_exact for one in found)
 
 
 # --- in a step -------------------------------------------------------------------------------------------------------
@@ -295,7 +369,14 @@ IN_A_STEP: dict[str, Callable[[], optim.Transform]] = {
 }
 
 
-@pytest.mark.parametrize("name", IN_A_STEP)
+# Every update by itself is compiled in test_optim_hyper.py.
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("nadam", "partition", "chain") else pytest.param(name, marks=pytest.mark.slow)
+        for name in IN_A_STEP
+    ],
+)
 def test_compiled_as_one_program_it_is_the_same(name: str) -> None:
     torch.manual_seed(0)
     net = nn.Linear(3, 4)

@@ -32,7 +32,7 @@ def test_the_first_state_is_a_copy_of_the_model(net: Recipe, ema: bool, seed: in
     if ema:
         assert digest(state.ema) == digest(trainable(state.params))
     assert (int(state.step), state.cursor, state.seed) == (0, 0, seed)
-    assert (int(state.health.streak), int(state.health.skipped), int(state.report.verdict)) == (0, 0, 0)
+    assert (int(state.health.streak), int(state.stats.outcomes.sum()), int(state.report.verdict)) == (0, 0, 0)
     with torch.no_grad():  # nothing is shared: neither with the model nor between leaves
         pointers = [leaf.data_ptr() for _, leaf in named_leaves(state) if isinstance(leaf, torch.Tensor)]
         assert len(set(pointers)) == len(pointers)

@@ -16,9 +16,9 @@ import trainfn
 from tests.strategies import Batch, LmRecipe, MlpRecipe, Recipe, Setup, language_models, mlps, setups
 from trainfn.errors import ConfigError, ModelError
 from trainfn.optim import adamw, sgd
-from trainfn.state import TrainState
+from trainfn.state import TrainState, trainable
 from trainfn.step import _mix
-from trainfn.tree import digest
+from trainfn.tree import digest, named_leaves
 
 dropping = Setup(MlpRecipe(blocks=("plain", "plain"), width=6, dropout=0.5), sgd(0.1))
 counters = st.integers(0, 2**62)
@@ -71,7 +71,7 @@ def test_evaluation_draws_nothing_and_uses_running_statistics() -> None:
     twin.load_state_dict({name: tensor.detach() for name, tensor in (state.params | state.buffers).items()})
     right = nn.functional.cross_entropy(twin(batch["x"]), batch["y"], reduction="sum")
     found = step.evaluate(state, batch)
-    assert digest(found.total) == digest(right)
+    assert digest(found["loss"].total) == digest(right)
     assert digest(step.evaluate(attrs.evolve(state, cursor=99), batch)) == digest(found)
 
 
@@ -79,7 +79,7 @@ def test_evaluation_of_the_average() -> None:
     setup = Setup(LmRecipe(), sgd(1.0), ema=0.5)
     model, batch = setup.net.model(), setup.batch()
     step = setup.step(model)
-    state = step(setup.state(model), batch)
+    state = step(step(setup.state(model), batch), batch)
     averaged = attrs.evolve(state, params={name: tensor.requires_grad_() for name, tensor in state.ema.items()})
     assert digest(step.evaluate(state, batch, params=state.ema)) == digest(step.evaluate(averaged, batch))
     assert digest(step.evaluate(state, batch)) != digest(step.evaluate(averaged, batch))
@@ -145,11 +145,12 @@ def test_the_average_is_that_of_all_the_parameters_so_far(net: Recipe, decay: fl
     setup = Setup(net, adamw(0.1), ema=decay)
     model = net.model()
     step, state = setup.step(model), setup.state(model)
-    trail = [{name: tensor.detach().double() for name, tensor in state.ema.items()}]
+    trail = []
     for index in range(4):
         state = step(state, setup.batch(index))
         trail.append({name: state.params[name].detach().double() for name in state.ema})
-    weights = [decay**4, *((1 - decay) * decay ** (4 - index) for index in range(1, 5))]
+    weights = [decay ** (3 - index) for index in range(4)]  # 0.0 ** 0 is 1: the last alone
+    weights = [weight / sum(weights) for weight in weights]  # the first parameters, drawn at random, are not in it
     for name, found in state.ema.items():
         right = sum(weight * past[name] for weight, past in zip(weights, trail, strict=True))
         torch.testing.assert_close(found.double(), right, rtol=1e-5, atol=1e-6)
@@ -187,8 +188,11 @@ def test_a_step_returns_what_the_next_one_reads(setup: Setup) -> None:
     assert all(param.is_leaf and param.grad is None for param in after.params.values())
     for name, param in after.params.items():
         assert (param is state.params[name]) == (not param.requires_grad)  # a frozen one is handed through
-    for field in (after.step, *attrs.astuple(after.report, recurse=False), *attrs.astuple(after.health, recurse=False)):
-        assert field.shape == ()
+    for name, field in named_leaves((after.step, after.report, after.health, after.stats)):
+        shapes = {"grad_norms": len(trainable(after.params)), "outcomes": 16}
+        shapes |= dict.fromkeys(("mean", "spread", "last", "count"), 3)
+        length = shapes.get(name.rsplit(".")[-1])
+        assert field.shape == (() if length is None else (length,)), name
         assert not field.requires_grad
     assert torch.isfinite(after.report.loss)
     assert float(after.report.grad_norm) > 0

@@ -4,6 +4,7 @@
 |---|---|
 | ``errors`` | one family of exceptions |
 | ``tree`` | records, named leaves, maps over trees |
+| ``precision`` | what runs in 16 bits, and the loss scale |
 | ``state`` | ``TrainState``, ``Report``, ``init`` |
 | ``batch`` | how a batch is read and divided |
 | ``loss`` | ``LossSum``, the strategies, the registry |
@@ -12,23 +13,30 @@
 | ``grad`` | gradients as a monoid: ``gradients``, ``merge``, ``fold`` |
 | ``health`` | ``Verdict``: whether a step may be applied |
 | ``step`` | ``make_step``: the composition |
+| ``metric`` | sums that add, and what they come to |
+| ``per_sample`` | gradients of each example, and the gradient noise scale |
 | ``engine`` | ``compile``: the same step, fast |
+| ``diagnose`` | ``diagnose``: a step that went wrong, run again and watched |
 | ``data`` | ``order``, ``Loader``, data sets |
-| ``store`` | checkpoints and history |
+| ``store`` | checkpoints, capsules and history |
 | ``task`` | ``TrainConfig`` |
 | ``plan``, ``header`` | what is decided before the first step, and how it is said |
-| ``observers`` | what watches a run |
-| ``fit`` | ``fit``, ``run``, ``evaluate`` |
+| ``evaluation``, ``observers``, ``halt`` | what measures a run, watches it, and ends it |
+| ``fit`` | ``fit``, ``run`` |
+| ``replay`` | ``replay``: a halted step, taken again |
 """
 
-from trainfn import data, errors, loss, optim, tree
+from trainfn import data, errors, loss, metric, optim, per_sample, tree
+from trainfn.diagnose import Diagnosis, diagnose
 from trainfn.engine import CompiledStep, compile
-from trainfn.fit import FitResult, evaluate, fit, run
+from trainfn.evaluation import evaluate
+from trainfn.fit import FitResult, fit, run
 from trainfn.grad import Gradients, fold, merge
 from trainfn.health import Verdict
 from trainfn.loss import LossSum
 from trainfn.optim import Transform
 from trainfn.plan import Plan, plan
+from trainfn.replay import replay
 from trainfn.state import Health, Report, TrainState, init
 from trainfn.step import Step, make_step
 from trainfn.store import Manifest, load, save
@@ -36,6 +44,7 @@ from trainfn.task import TrainConfig
 
 __all__ = [
     "CompiledStep",
+    "Diagnosis",
     "FitResult",
     "Gradients",
     "Health",
@@ -50,6 +59,7 @@ __all__ = [
     "Verdict",
     "compile",
     "data",
+    "diagnose",
     "errors",
     "evaluate",
     "fit",
@@ -59,8 +69,11 @@ __all__ = [
     "loss",
     "make_step",
     "merge",
+    "metric",
     "optim",
+    "per_sample",
     "plan",
+    "replay",
     "run",
     "save",
     "tree",

@@ -1,7 +1,8 @@
 """How a batch is read: its inputs, its target, and its division into micro-batches.
 
 A batch is a tensor, a tuple of tensors whose last one is the target, or a dict of tensors. In a dict the target is the
-field called ``labels``, ``label``, ``targets``, ``target`` or ``y``; everything else is input.
+field called ``labels``, ``label``, ``targets``, ``target`` or ``y``; everything else is input, but for
+``teacher_logits``, which are for the loss alone.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ Batch = Tree
 """A tensor, a tuple of tensors, or a dict of tensors; the first dimension of each counts examples."""
 
 TARGET_NAMES = ("labels", "label", "targets", "target", "y")
+_FOR_THE_LOSS = (*TARGET_NAMES, "teacher_logits")
 
 
 def inputs(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -26,7 +28,7 @@ def inputs(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
     (((), {'x': 1}), ((1,), {}), ((1,), {}))
     """
     if isinstance(batch, dict):
-        return (), {name: value for name, value in batch.items() if name not in TARGET_NAMES}
+        return (), {name: value for name, value in batch.items() if name not in _FOR_THE_LOSS}
     if isinstance(batch, (tuple, list)):
         return (tuple(batch[:-1]) if len(batch) > 1 else tuple(batch)), {}
     return (batch,), {}

@@ -8,7 +8,9 @@ keeps working. Mistakes of one kind are collected first and raised together.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
 
 class TrainfnError(Exception):
@@ -47,7 +49,7 @@ class TrainfnError(Exception):
     def __reduce__(self) -> tuple[object, ...]:
         # The default would call the class with the joined message only; worker processes pickle exceptions.
         fields = {"where": self.where, "expected": self.expected, "got": self.got, "hint": self.hint}
-        return _rebuild, (type(self), self.what, fields)
+        return _rebuild, (type(self), self.what, fields), self.__dict__
 
 
 class ConfigError(TrainfnError, ValueError):
@@ -75,7 +77,15 @@ class CheckpointError(TrainfnError, RuntimeError):
 
 
 class DivergenceError(TrainfnError, ArithmeticError):
-    """Training was halted because steps kept producing non-finite numbers."""
+    """Training was halted because steps kept producing non-finite numbers, or one stood out from its recent past.
+
+    Attributes:
+        diagnosis: a :class:`trainfn.diagnose.Diagnosis` of the step that was refused; None if it could not be replayed.
+        capsule: where that step is kept for :func:`trainfn.replay`; None if it is not.
+    """
+
+    diagnosis: Any = None
+    capsule: Path | None = None
 
 
 class MissingPackageError(TrainfnError, ImportError):
@@ -93,6 +103,15 @@ def suggest(name: str, known: Iterable[str]) -> str:
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=1)
     return f"did you mean {near[0]!r}?" if near else f"one of {', '.join(names)}"
+
+
+def listed(values: Sequence[object], most: int = 64) -> str:
+    """Return values in a row, for a message; of a long row, the beginning.
+
+    >>> listed([3, 1, 2], most=2)
+    '3, 1, ...'
+    """
+    return ", ".join(map(str, values[:most])) + (", ..." if len(values) > most else "")
 
 
 def _rebuild(cls: type[TrainfnError], what: str, fields: dict[str, object]) -> TrainfnError:

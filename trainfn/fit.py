@@ -14,17 +14,14 @@ import torch
 from torch import nn
 
 from trainfn.batch import Batch
-from trainfn.data import Loader
-from trainfn.engine import CompiledStep
-from trainfn.errors import DivergenceError
-from trainfn.health import Verdict
+from trainfn.evaluation import check_noise, evaluate_plan, noise_columns
+from trainfn.halt import divergence, make_halt_check
 from trainfn.loss import Loss
+from trainfn.metric import Metric
 from trainfn.observers import Observer, Progress, Recorder, Row
 from trainfn.optim import Transform
-from trainfn.optim.transform import wide
-from trainfn.plan import Plan, plan, to_device
+from trainfn.plan import Plan, plan
 from trainfn.state import TrainState
-from trainfn.step import Step
 from trainfn.store import save
 from trainfn.task import TrainConfig
 
@@ -68,6 +65,7 @@ def fit(
     *,
     loss: str | Loss,
     val_data: object = None,
+    metrics: Sequence[str | Metric] = (),
     optimizer: Transform | None = None,
     collate: Callable[[list[Any]], Batch] | None = None,
     observers: Sequence[Observer] = (),
@@ -84,6 +82,8 @@ def fit(
         data: a tensor, a tuple of tensors ``(inputs, target)``, a dict of tensors, or a map-style data set.
         loss: a registered name, or a function ``loss(outputs, batch)`` that returns a ``LossSum`` or a mean.
         val_data: data to evaluate on, with the same loss and weighting.
+        metrics: measured on ``val_data`` besides the loss: names such as ``"accuracy"``, or values from
+            :mod:`trainfn.metric`. They are in the history as ``val_accuracy`` and so on.
         optimizer: a Transform; if None, AdamW that spares norms and biases its decay, with warm-up and a cosine to 0.
         collate: makes a batch of a list of a data set's items.
         observers: functions called with the state after every step.
@@ -94,7 +94,8 @@ def fit(
 
     Raises:
         ConfigError, DataError, ModelError, CheckpointError: before the first step; see :func:`trainfn.plan`.
-        DivergenceError: too many steps in a row gave non-finite numbers. The last good state is saved first.
+        DivergenceError: too many steps in a row gave non-finite numbers. The last good state is saved first, and the
+            error tells, by a replay, which example, module or parameter they came from.
 
     >>> _ = torch.manual_seed(0)
     >>> x = torch.randn(64, 2)
@@ -103,7 +104,9 @@ def fit(
     >>> result.history[-1]["loss"] < 0.2
     True
     """
-    planned = plan(model, data, loss=loss, val_data=val_data, optimizer=optimizer, collate=collate, **settings)
+    planned = plan(
+        model, data, loss=loss, val_data=val_data, metrics=metrics, optimizer=optimizer, collate=collate, **settings
+    )
     return carry_out(planned, observers)
 
 
@@ -111,8 +114,9 @@ def carry_out(planned: Plan, observers: Sequence[Observer] = ()) -> FitResult:
     """Run a plan to its end, recording, showing, evaluating and saving on the way; what ``fit`` does after ``plan``."""
     began = time.perf_counter()
     state, config = planned.state, planned.config
+    check_noise(planned)
     recorder, progress = Recorder(planned), Progress(planned)
-    checkpoint = planned.resumed_from
+    must_halt, checkpoint = make_halt_check(planned), planned.resumed_from
     last = {"val_loss": math.nan}
 
     def keep(state: TrainState) -> Path | None:
@@ -128,11 +132,14 @@ def carry_out(planned: Plan, observers: Sequence[Observer] = ()) -> FitResult:
         for observer in observers:
             observer(state)
         due = _due(planned, state.cursor)
-        if _must_halt(planned, state, due):
+        if must_halt(state, due.row):
+            refused = recorder.last_refused(state)
             recorder.row(state, {})
-            raise _divergence(planned, state, keep(state))
+            raise divergence(planned, state, refused, keep(state))
         if due.row:
-            metrics = _evaluate(planned, state) if due.evaluation else {}
+            metrics = evaluate_plan(planned, state) if due.evaluation else {}
+            if due.noise:
+                metrics |= noise_columns(planned, state, recorder.rows)
             last |= metrics
             progress.row(recorder.row(state, metrics))
         if due.checkpoint:
@@ -169,91 +176,28 @@ def run(planned: Plan) -> Iterator[TrainState]:
         batches.close()
 
 
-def evaluate(
-    step: Step | CompiledStep,
-    state: TrainState,
-    data: object,
-    *,
-    batch_size: int = 32,
-    collate: Callable[[list[Any]], Batch] | None = None,
-    ema: bool = False,
-) -> dict[str, float]:
-    """Return the loss over a data set: one sum over all of it, divided once by one weight.
-
-    In evaluation mode and without gradients; the module's modes and the global random generators are as before.
-
-    Args:
-        step: what the state is trained with; its model and loss are used.
-        state: read, not changed.
-        data: anything that ``fit`` takes, or a :class:`trainfn.data.Loader`.
-        batch_size: examples at a time. Changes memory, not meaning.
-        collate: as for ``fit``.
-        ema: use the moving average of the parameters.
-
-    Returns:
-        ``{"loss": ..., "weight": ...}``; the loss is NaN when nothing counted.
-
-    >>> import trainfn
-    >>> model, optimizer = nn.Linear(2, 2), trainfn.optim.sgd(lr=0.1)
-    >>> step = trainfn.make_step(model, loss="classification", optimizer=optimizer)
-    >>> state = trainfn.init(model, optimizer)
-    >>> evaluate(step, state, (torch.zeros(5, 2), torch.zeros(5, dtype=torch.long)), batch_size=2)["weight"]
-    5.0
-    """
-    loader = data if isinstance(data, Loader) else Loader(data, batch_size=batch_size, shuffle=False, collate=collate)
-    return _mean_loss(step, state, loader, loader.batches_per_epoch, ema=ema)
-
-
 @attrs.frozen
 class _Due:
     evaluation: bool
     checkpoint: bool
+    noise: bool
     row: bool
 
 
 def _due(planned: Plan, cursor: int) -> _Due:
     config, end = planned.config, cursor >= planned.stop
+
+    def every(steps: int | None) -> bool:
+        return steps is not None and cursor % steps == 0
+
     evaluation = planned.val_loader is not None and (
-        end or cursor % (config.eval_every or planned.loader.batches_per_epoch) == 0
+        end or every(config.eval_every or planned.loader.batches_per_epoch)
     )
-    checkpoint = config.out_dir is not None and (
-        end or (config.save_every is not None and cursor % config.save_every == 0)
-    )
+    checkpoint = config.out_dir is not None and (end or every(config.save_every))
+    noise = every(config.noise_scale_every)
     # A checkpoint closes a row, so that a run that resumes from it writes the rows it would have written anyway.
-    return _Due(evaluation, checkpoint, evaluation or checkpoint or end or cursor % config.log_every == 0)
-
-
-def _evaluate(planned: Plan, state: TrainState) -> dict[str, float]:
-    assert planned.val_loader is not None
-    limit = 2 if planned.config.fast_dev_run else planned.val_loader.batches_per_epoch
-    found = _mean_loss(planned.step, state, planned.val_loader, limit, ema=state.ema is not None)
-    return {"val_loss": found["loss"]}
-
-
-def _mean_loss(
-    step: Step | CompiledStep, state: TrainState, loader: Loader, limit: int, *, ema: bool
-) -> dict[str, float]:
-    total = weight = wide(torch.zeros((), device=state.step.device))
-    for batch in loader.batches(0, min(limit, loader.batches_per_epoch)):
-        found = step.evaluate(state, to_device(batch, state.step.device), params=state.ema if ema else None)
-        total, weight = total + found.total, weight + found.weight
-    return {"loss": float(total / weight), "weight": float(weight)}
-
-
-def _must_halt(planned: Plan, state: TrainState, due: _Due) -> bool:
-    # Reading the streak is free on a CPU and a sync on a GPU, where it waits for the next row. Nothing is lost by
-    # that: the device has refused the bad steps already.
-    return (planned.device.type == "cpu" or due.row) and int(state.health.streak) >= planned.config.halt_after
-
-
-def _divergence(planned: Plan, state: TrainState, checkpoint: Path | None) -> DivergenceError:
-    kept = f"it is saved in {checkpoint}" if checkpoint else "pass out_dir= to have it saved"
-    return DivergenceError(
-        f"Training was halted: {int(state.health.streak)} steps in a row gave non-finite numbers.",
-        where=f"step {state.cursor}, examples {planned.loader.indices(state.cursor - 1).tolist()}",
-        got=f"in the last one {Verdict(int(state.report.verdict)).sentence}",
-        hint=f"look for NaN in these examples; lower lr; lower clip_norm. The state before them is intact: {kept}",
-    )
+    row = evaluation or checkpoint or noise or end or every(config.log_every) or every(config.health_every)
+    return _Due(evaluation, checkpoint, noise, row)
 
 
 def _best(rows: list[Row]) -> Row | None:

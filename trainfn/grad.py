@@ -11,6 +11,7 @@ uneven padding are one addition, and the single division by the total weight is 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,9 @@ from torch.func import functional_call
 from trainfn.batch import Batch
 from trainfn.errors import ModelError
 from trainfn.forward import make_arguments
-from trainfn.loss.base import Loss, LossSum, as_loss_sum
+from trainfn.loss import Loss, LossSum, as_loss_sum, low_precision_safe
+from trainfn.precision import LossScale, backward_unit, cast, lowered
+from trainfn.precision import resolve as resolve_precision
 from trainfn.state import Buffers, Params, trainable
 from trainfn.tree import map_leaves, record
 
@@ -32,44 +35,77 @@ class Gradients:
         grads: gradient of ``total`` by name of trained parameter.
         total: summed loss, [].
         weight: what the sums are over, [].
+        micro_batches: how many, [] int64.
         buffers: the model's buffers after the last micro-batch.
     """
 
     grads: Params
     total: Tensor
     weight: Tensor
+    micro_batches: Tensor
     buffers: Buffers
 
 
-GradientsFn = Callable[[Params, Buffers, Batch], Gradients]
+class GradientsFn(Protocol):
+    """``(params, buffers, batch) -> Gradients``; with a loss scale for the backward where precision has one."""
+
+    def __call__(
+        self, params: Params, buffers: Buffers, batch: Batch, /, scale: LossScale | None = None
+    ) -> Gradients: ...
+
+
+ForwardFn = Callable[[Params, Buffers, Batch], Any]
+Criterion = Callable[[Any, Batch], LossSum]
 LossFn = Callable[[Params, Buffers, Batch], LossSum]
 
 
-def make_loss(model: nn.Module, loss: Loss) -> LossFn:
-    """Return ``(params, buffers, batch) -> LossSum``: the model applied as a function, then the loss.
+def make_forward(model: nn.Module, precision: str = "32-true") -> ForwardFn:
+    """Return ``(params, buffers, batch) -> outputs``: the model applied as a function, in the precision's dtype.
 
     The model's own tensors are not read; tied weights are tied again. Buffers that the forward changes in place are
     changed in the dict given.
     """
     arguments = make_arguments(model)
+    dtype = resolve_precision(precision).compute
+    low = lowered(model) if dtype is not None else frozenset()
 
-    def apply(params: Params, buffers: Buffers, batch: Batch) -> LossSum:
-        args, kwargs = arguments(batch)
-        tensors = params | buffers
+    def apply(params: Params, buffers: Buffers, batch: Batch) -> Any:
+        args, kwargs = cast(arguments(batch), dtype)
+        whole = params | buffers
+        tensors = {name: cast(tensor, dtype) if name in low else tensor for name, tensor in whole.items()}
         outputs = functional_call(model, tensors, args, kwargs, tie_weights=True)
-        for name in buffers:
-            buffers[name] = tensors[name]  # a forward may also put a new tensor in a buffer's place
-        return as_loss_sum(loss(outputs, batch), batch)
+        for name, old in buffers.items():
+            new = tensors[name]  # a forward may also put a new tensor in a buffer's place
+            if new.dtype != old.dtype:  # lowered: what has not changed keeps all its digits
+                new = torch.where(new == old.to(new.dtype), old, new.to(old.dtype))
+            buffers[name] = new
+        return outputs
 
     return apply
 
 
-def make_gradients(model: nn.Module, loss: Loss) -> GradientsFn:
+def make_criterion(loss: Loss, precision: str = "32-true") -> Criterion:
+    """Return ``(outputs, batch) -> LossSum``: a loss, and what it returned made a sum.
+
+    Under a 16-bit precision a loss that does not make its sums in float32 by itself is given float32 outputs.
+    """
+    strategy = low_precision_safe(loss) if resolve_precision(precision).compute is not None else loss
+    return lambda outputs, batch: as_loss_sum(strategy(outputs, batch), batch)
+
+
+def make_loss(model: nn.Module, loss: Loss, precision: str = "32-true") -> LossFn:
+    """Return ``(params, buffers, batch) -> LossSum``: :func:`make_forward`, then :func:`make_criterion`."""
+    forward, criterion = make_forward(model, precision), make_criterion(loss, precision)
+    return lambda params, buffers, batch: criterion(forward(params, buffers, batch), batch)
+
+
+def make_gradients(model: nn.Module, loss: Loss, precision: str = "32-true") -> GradientsFn:
     """Return ``(params, buffers, batch) -> Gradients``, by ``torch.autograd``.
 
     A trained parameter that the loss does not depend on has a gradient of zeros. Nothing given is written to: the
     forward runs on copies of the buffers. Works under ``no_grad``, and inside one compiled program, where it
     differentiates with respect to views of the parameters (which must require grad there, as ``init`` makes them).
+    A loss scale is in the backward only: what is returned are the gradients themselves.
 
     Raises:
         ModelError: (from the returned function) the loss does not depend on any trained parameter.
@@ -84,9 +120,9 @@ def make_gradients(model: nn.Module, loss: Loss) -> GradientsFn:
     >>> found.weight
     tensor(3.)
     """
-    apply = make_loss(model, loss)
+    apply = make_loss(model, loss, precision)
 
-    def gradients(params: Params, buffers: Buffers, batch: Batch) -> Gradients:
+    def gradients(params: Params, buffers: Buffers, batch: Batch, /, scale: LossScale | None = None) -> Gradients:
         with torch.enable_grad():
             views = {name: param.view_as(param) for name, param in trainable(params).items()}
             fresh = {name: buffer.clone() for name, buffer in buffers.items()}
@@ -98,15 +134,19 @@ def make_gradients(model: nn.Module, loss: Loss) -> GradientsFn:
                     got="a constant",
                     hint="look for no_grad, detach or .data in the model or the loss",
                 )
-            found = torch.autograd.grad(result.total, list(views.values()), allow_unused=True)
+            unit = None if scale is None else backward_unit(scale, result.weight.detach()).to(result.total.dtype)
+            found = torch.autograd.grad(result.total, list(views.values()), grad_outputs=unit, allow_unused=True)
         grads = {
             name: torch.zeros_like(view) if grad is None else grad.detach()
             for (name, view), grad in zip(views.items(), found, strict=True)
         }
+        if unit is not None:
+            grads = {name: grad / unit.to(grad.dtype) for name, grad in grads.items()}
         return Gradients(
             grads=grads,
             total=result.total.detach(),
             weight=result.weight.detach(),
+            micro_batches=torch.ones((), dtype=torch.int64, device=result.total.device),
             buffers={name: buffer.detach() for name, buffer in fresh.items()},
         )
 
@@ -117,22 +157,31 @@ def merge(left: Gradients, right: Gradients) -> Gradients:
     """Return the sum of two contributions; the buffers are those of ``right``, the later one.
 
     >>> def one(g):
-    ...     return Gradients(grads={"w": torch.tensor(g)}, total=torch.tensor(g), weight=torch.tensor(1.0), buffers={})
+    ...     return Gradients(grads={"w": torch.tensor(g)}, total=torch.tensor(g), weight=torch.tensor(1.0),
+    ...                      micro_batches=torch.tensor(1), buffers={})
     >>> both = merge(one(1.0), one(2.0))
-    >>> float(both.grads["w"]), float(both.weight)
-    (3.0, 2.0)
+    >>> float(both.grads["w"]), float(both.weight), int(both.micro_batches)
+    (3.0, 2.0, 2)
     """
     return Gradients(
         grads=map_leaves(torch.add, left.grads, right.grads),
         total=left.total + right.total,
         weight=left.weight + right.weight,
+        micro_batches=left.micro_batches + right.micro_batches,
         buffers=right.buffers,
     )
 
 
-def fold(gradients: GradientsFn, params: Params, buffers: Buffers, batches: Sequence[Batch]) -> Gradients:
+def fold(
+    gradients: GradientsFn,
+    params: Params,
+    buffers: Buffers,
+    batches: Sequence[Batch],
+    *,
+    scale: LossScale | None = None,
+) -> Gradients:
     """Return the merged contributions of micro-batches, taken in order; each sees the buffers the last one left."""
-    result = gradients(params, buffers, batches[0])
+    result = gradients(params, buffers, batches[0], scale=scale)
     for batch in batches[1:]:
-        result = merge(result, gradients(params, result.buffers, batch))
+        result = merge(result, gradients(params, result.buffers, batch, scale=scale))
     return result

@@ -10,6 +10,7 @@ from torch import nn
 
 from trainfn.data import Loader
 from trainfn.plan import Plan
+from trainfn.precision import resolve
 from trainfn.task import TrainConfig
 
 
@@ -30,6 +31,8 @@ def header(plan: Plan) -> list[str]:
         "device": _describe_device(plan.device),
         "step": _describe_step(plan.config, plan.loader, plan.counted),
         "optimizer": plan.optimizer.name,
+        "precision": _describe_precision(plan.config.precision),
+        "health": _describe_health(plan.config),
         "compile": f"{mode}: {reason}" + ("; the first step waits for the compiler" if mode == "graph" else ""),
         "output": _describe_output(plan.config, plan.stop),
         "start": _describe_start(plan),
@@ -63,6 +66,24 @@ def _describe_step(config: TrainConfig, loader: Loader, first_weight: float) -> 
     return (
         f"{examples} examples ({config.batch_size} x {config.accumulate}), "
         f"about {per_step:,.0f} counted by the loss (tokens, labels); {clip}{ema}; seed {config.seed}"
+    )
+
+
+def _describe_precision(name: str) -> str:
+    policy = resolve(name)
+    if policy.compute is None:
+        return f"{name}: everything in the dtypes that the model has"
+    stored = str(policy.stored or "the model's dtype").removeprefix("torch.")
+    scale = "; dynamic loss scale" if policy.scaled else ""
+    return f"{name}: parameters in {stored}, forward in {str(policy.compute).removeprefix('torch.')}{scale}"
+
+
+def _describe_health(config: TrainConfig) -> str:
+    spikes = {"off": "not looked for", "warn": "warned of", "skip": "skipped", "halt": "skipped, and halt the run"}
+    norms = f"; gradient norm of each tensor every {config.health_every} steps" if config.health_every else ""
+    return (
+        f"steps with NaN or infinity are skipped, {config.halt_after} in a row halt the run; "
+        f"spikes are {spikes[config.on_spike]}{norms}"
     )
 
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 
+from trainfn.errors import listed
 from trainfn.header import header
-from trainfn.health import Verdict
+from trainfn.health import AILMENTS, ALARMING, REFUSED, HealthWarning, Verdict, ailing
 from trainfn.plan import Plan
-from trainfn.state import Report, TrainState
+from trainfn.state import Report, TrainState, trainable
 from trainfn.store import History, cut, rows
 
 Row = dict[str, Any]
@@ -28,7 +30,8 @@ class Recorder:
     """Turns reports into rows: one for every ``log_every`` steps, evaluation and checkpoint.
 
     Reports stay on the device until a row is due; then they are read together. A row's ``loss`` is the weighted mean
-    over all applied steps since the row before.
+    over all applied steps since the row before; its ``verdict`` is the first of these steps' that is not ok;
+    ``applied``, ``skipped``, ``micro_batches`` and ``seen`` (tokens, labels, examples) are totals of the run.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -45,18 +48,44 @@ class Recorder:
         """Remember the report of a step."""
         self._pending.append(state.report)
 
+    def last_refused(self, state: TrainState) -> int:
+        """Return the number of the batch whose step was the last to be refused since the last row."""
+        refused = [number for number, verdict in self._verdicts(state).items() if verdict in REFUSED]
+        return refused[-1] if refused else state.cursor - 1
+
     def row(self, state: TrainState, metrics: Mapping[str, float]) -> Row:
         """Read the pending reports, and write and return the row that they and the metrics make."""
         seconds = time.perf_counter() - self._began
         row: Row = {"step": state.cursor, "epoch": (state.cursor - 1) // self._plan.loader.batches_per_epoch}
         if self._pending:
-            row |= _summary(self._pending)
+            verdicts = self._verdicts(state)
+            row |= _summary(self._pending, list(verdicts.values()))
+            self._warn(verdicts)
             self._pending = []
-        row |= {"skipped": int(state.health.skipped), **metrics, "seconds": round(seconds, 3)}
+        row |= _totals(state)
+        every = self._plan.config.health_every
+        if every is not None and state.cursor % every == 0:
+            row |= _tensor_health(state)
+        row |= {**metrics, "seconds": round(seconds, 3)}
         self.rows.append(row)
         if self._history is not None:
             self._history.append(row)
         return row
+
+    def _verdicts(self, state: TrainState) -> dict[int, Verdict]:
+        """Read the pending verdicts, by number of batch."""
+        codes = torch.stack([report.verdict for report in self._pending]).tolist()
+        return dict(enumerate(map(Verdict, codes), state.cursor - len(codes)))
+
+    def _warn(self, verdicts: Mapping[int, Verdict]) -> None:
+        """Warn of what should not be overlooked: once for each kind, with the examples of the first step."""
+        for kind in ALARMING:
+            steps = [number for number, verdict in verdicts.items() if verdict is kind]
+            if steps:
+                more = f", and in {len(steps) - 1} more" if len(steps) > 1 else ""
+                examples = listed(self._plan.loader.indices(steps[0]).tolist())
+                text = f"In the step over batch {steps[0]} (examples [{examples}]){more}, {kind.sentence}."
+                warnings.warn(text, HealthWarning, stacklevel=5)  # where fit was called
 
 
 class Progress:
@@ -83,9 +112,10 @@ class Progress:
         """Show a row: beside the bar, or as a line, about twenty a run and each one with an evaluation."""
         if not self._plan.config.progress:
             return
-        names = ("loss", "val_loss", "grad_norm", "lr")
+        names = ["loss", *(name for name in row if name.startswith("val_")), "grad_norm", "lr"]
         shown = [f"{name} {row[name]:.4g}" for name in names if name in row]
         shown += [f"skipped {row['skipped']}"] if row["skipped"] else []
+        shown += [f"{ail} {', '.join(row[ail])}" for ail in AILMENTS if ail in row]
         if self._bar is not None:
             self._bar.set_postfix_str(", ".join(shown))
         elif "val_loss" in row or row["step"] - self._shown >= self._plan.stop / 20 or row["step"] == self._plan.stop:
@@ -102,15 +132,14 @@ class Progress:
             print(text, file=self._stream, flush=True)
 
 
-def _summary(reports: list[Report]) -> Row:
+def _summary(reports: list[Report], verdicts: list[Verdict]) -> Row:
     """Read reports from the device, one copy a field, and sum them up."""
 
     def read(name: str) -> list[float]:
         values: list[float] = torch.stack([getattr(report, name) for report in reports]).tolist()
         return values
 
-    verdicts = read("verdict")
-    good = [index for index, verdict in enumerate(verdicts) if verdict == Verdict.OK]
+    good = [index for index, verdict in enumerate(verdicts) if verdict.applied]
     losses, weights, norms, lrs = read("loss"), read("weight"), read("grad_norm"), read("lr")
     weight = sum(weights[index] for index in good)
     return {
@@ -118,5 +147,23 @@ def _summary(reports: list[Report]) -> Row:
         "weight": weight,
         "grad_norm": norms[-1],
         "lr": lrs[-1],
-        "verdict": Verdict(int(next((v for v in verdicts if v != Verdict.OK), Verdict.OK))).name.lower(),
+        "verdict": next((v for v in verdicts if v != Verdict.OK), Verdict.OK).name.lower(),
     }
+
+
+def _totals(state: TrainState) -> Row:
+    """Read what has been added up since the first step."""
+    outcomes = state.stats.outcomes.tolist()
+    row: Row = {
+        "applied": sum(outcomes[verdict] for verdict in Verdict if verdict.applied),
+        "skipped": sum(outcomes[verdict] for verdict in Verdict if not verdict.applied),
+        "micro_batches": int(state.stats.micro_batches),
+        "seen": float(state.stats.seen),
+    }
+    return row if state.scale is None else row | {"scale": float(state.scale.factor)}
+
+
+def _tensor_health(state: TrainState) -> Row:
+    """Read the gradient norm of each tensor at the last step, and say which ones ail."""
+    norms = dict(zip(trainable(state.params), state.report.grad_norms.tolist(), strict=True))
+    return {"grad_norms": {name: float(f"{value:.4g}") for name, value in norms.items()}, **ailing(norms)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,16 @@ from trainfn.data import Loader
 from trainfn.engine import CompiledStep, compile
 from trainfn.errors import CheckpointError, ConfigError, DataError, ModelError, TrainfnError
 from trainfn.loss import Loss, LossSum
+from trainfn.metric import Metric, resolve
 from trainfn.optim import Transform, adamw, matrices_only, warmup_cosine
+from trainfn.precision import check_buffers, check_precision
 from trainfn.state import TrainState, init
-from trainfn.step import make_step, surroundings
+from trainfn.step import Step, make_step, surroundings
 from trainfn.store import Manifest, restore, steps
 from trainfn.task.config import TrainConfig, make_config
 from trainfn.tree import batch_length, describe, map_leaves
 
-_ARGUMENTS = ("loss", "val_data", "optimizer", "collate", "observers")
+_ARGUMENTS = ("loss", "val_data", "metrics", "optimizer", "collate", "observers")
 _POSITION_SETTINGS = ("seed", "batch_size", "accumulate", "shuffle", "drop_last")
 
 
@@ -40,6 +42,7 @@ class Plan:
         state: where the run starts.
         loader: the training data; batch number ``state.cursor`` comes next.
         val_loader: the evaluation data, or None.
+        metrics: what is measured on it besides the loss.
         stop: the run ends when the cursor is here.
         device: where the state is.
         counted: the loss's weight of the first micro-batch (tokens, labels, examples).
@@ -55,6 +58,7 @@ class Plan:
     state: TrainState
     loader: Loader
     val_loader: Loader | None
+    metrics: tuple[Metric, ...]
     stop: int
     device: torch.device
     counted: float
@@ -73,6 +77,7 @@ def plan(
     *,
     loss: str | Loss,
     val_data: object = None,
+    metrics: Sequence[str | Metric] = (),
     optimizer: Transform | None = None,
     collate: Callable[[list[Any]], Batch] | None = None,
     **settings: Any,
@@ -100,6 +105,7 @@ def plan(
             got=f"optimizer={optimizer.name} and lr or warmup_steps",
             hint="leave out lr and warmup_steps: they are settings of the default optimizer",
         )
+    measured = _metrics(metrics, loss, val_data)
     device = _device(config.device)
     loader, val_loader = _loaders(config, data, val_data, collate, device)
     stop = min(config.max_steps or 2**62, (config.max_epochs or 2**62) * loader.batches_per_epoch)
@@ -112,9 +118,14 @@ def plan(
         accumulate=config.accumulate,
         clip_norm=config.clip_norm,
         ema=config.ema,
+        precision=config.precision,
+        on_spike=config.on_spike,
     )
-    state = init(model, optimizer, seed=config.seed, ema=config.ema is not None, device=device)
-    first = _first_loss(step.loss, model, state, to_device(loader.batch(0), device), config.accumulate)
+    state = init(
+        model, optimizer, seed=config.seed, ema=config.ema is not None, precision=config.precision, device=device
+    )
+    check_precision(model, config.precision)
+    first = _first_loss(step, state, to_device(loader.batch(0), device))
     record: dict[str, Any] = {
         "config": config.to_json() | {"loss": loss if isinstance(loss, str) else _name(loss), "stop": stop},
         "optimizer": optimizer.name,
@@ -131,6 +142,7 @@ def plan(
         state=state,
         loader=loader,
         val_loader=val_loader,
+        metrics=measured,
         stop=stop,
         device=device,
         counted=float(first.weight),
@@ -190,26 +202,41 @@ def _default_schedule(config: TrainConfig, stop: int) -> Any:
     return warmup_cosine(config.lr, warmup=warmup, total=stop)
 
 
-def _first_loss(
-    loss: Callable[..., LossSum], model: nn.Module, state: TrainState, batch: Batch, accumulate: int
-) -> LossSum:
+def _metrics(metrics: Sequence[str | Metric], loss: str | Loss, val_data: object) -> tuple[Metric, ...]:
+    chosen = [metrics] if isinstance(metrics, (str, Metric)) else list(metrics)
+    if chosen and val_data is None:
+        raise ConfigError("There are metrics, and no data to measure them on.", hint="pass val_data=")
+    found = tuple(resolve(metric, loss) for metric in chosen)
+    names = [metric.name for metric in found]
+    if len({"loss", *names}) <= len(names):
+        raise ConfigError("Metrics need names of their own.", expected="each one once, none called loss", got=names)
+    return found
+
+
+def _first_loss(step: Step, state: TrainState, batch: Batch) -> LossSum:
     """Run the first micro-batch through model and loss, so that what does not fit is found before any work is done."""
     batch_length(batch)
-    part = micro_batches(batch, accumulate)[0]
+    part = micro_batches(batch, step.accumulate)[0]
     buffers = {name: buffer.clone() for name, buffer in state.buffers.items()}
     try:
-        with surroundings(model, state, training=True), torch.no_grad():
-            return loss(state.params, buffers, part)
+        with surroundings(step.model, state, training=True), torch.no_grad():
+            found = step.loss(state.params, buffers, part)
     except (TrainfnError, torch.OutOfMemoryError):
         raise
     except Exception as error:
+        text = str(error).strip().splitlines()[0] if str(error).strip() else ""
         kind = DataError if isinstance(error, IndexError) else ModelError
         raise kind(
             "The first batch does not go through the model and the loss.",
-            where=f"{type(model).__name__}, a micro-batch of {describe(part)}",
-            got=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}",
-            hint="compare the shapes, and the ids and labels with the model's sizes; the cause is shown above",
+            where=f"{type(step.model).__name__}, a micro-batch of {describe(part)}",
+            got=f"{type(error).__name__}: {text}",
+            hint="make tensors of the model's own in the dtype of what they meet (dtype=x.dtype), or use precision="
+            '"32-true"; the cause is shown above'
+            if "dtype" in text or "scalar type" in text
+            else "compare the shapes, and the ids and labels with the model's sizes; the cause is shown above",
         ) from error
+    check_buffers(step.model, state.buffers, buffers, step.precision)
+    return found
 
 
 def _check_writable(out_dir: str | os.PathLike[str] | None) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trainfn.errors import ConfigError, ModelError
+from trainfn.precision import LossScale, first_scale, lowered, resolve
 from trainfn.tree import Tree, record
 
 Params = dict[str, Tensor]
@@ -27,6 +28,7 @@ class Report:
         loss: total over weight, [] (nats per token for language modelling; NaN before the first step).
         weight: what the loss was divided by, [] (tokens, examples, ...).
         grad_norm: 2-norm of the mean gradient before clipping, [] float64.
+        grad_norms: the same for each trained parameter, [number of them] float64, in their order in the state.
         lr: learning rate of this step, [] (NaN where the optimizer has none).
         verdict: [] int64, a :class:`trainfn.health.Verdict` code.
     """
@@ -34,21 +36,58 @@ class Report:
     loss: Tensor
     weight: Tensor
     grad_norm: Tensor
+    grad_norms: Tensor
     lr: Tensor
     verdict: Tensor
 
 
 @record
+class Baseline:
+    """What loss and gradient norm usually are: a robust running mean and spread of three coordinates.
+
+    The coordinates are the loss, its logarithm, and the logarithm of the gradient norm; see :mod:`trainfn.health`.
+
+    Attributes:
+        mean: [3] float64.
+        spread: [3] float64, a standard deviation.
+        last: [3] float64, the coordinates of the last step that was learned from.
+        count: [3] int64, steps learned from.
+        lasting: [] int64, spikes in a row, up to and including the last step.
+    """
+
+    mean: Tensor
+    spread: Tensor
+    last: Tensor
+    count: Tensor
+    lasting: Tensor
+
+
+@record
 class Health:
-    """Counters that gate nothing by themselves but tell the loop when to stop.
+    """What the verdict on the next step is based on besides its own numbers, and when the loop should stop.
 
     Attributes:
         streak: [] int64, steps skipped in a row for non-finite numbers, up to and including the last.
-        skipped: [] int64, steps skipped for non-finite numbers since the first.
+        baseline: against which a spike stands out.
     """
 
     streak: Tensor
-    skipped: Tensor
+    baseline: Baseline
+
+
+@record
+class AccumulationStats:
+    """What has been added up since the first step. Updates applied are ``state.step``.
+
+    Attributes:
+        micro_batches: [] int64.
+        seen: [] float64, what the loss counted in applied steps (tokens, labels, examples).
+        outcomes: [16] int64, steps by :class:`trainfn.health.Verdict` code.
+    """
+
+    micro_batches: Tensor
+    seen: Tensor
+    outcomes: Tensor
 
 
 @record
@@ -61,7 +100,9 @@ class TrainState:
         buffers: buffers by name.
         opt: the optimizer's state, a tree.
         ema: exponential moving average of the trained parameters, or None.
-        health: skip counters.
+        scale: loss scale, for float16, or None.
+        health: what verdicts are based on.
+        stats: what has been added up.
         report: outcome of the last step.
         seed: host int that all randomness of the run is derived from.
         cursor: host int, batches consumed. Draws and data position are pure functions of (seed, cursor).
@@ -72,7 +113,9 @@ class TrainState:
     buffers: Buffers
     opt: Tree
     ema: Params | None
+    scale: LossScale | None
     health: Health
+    stats: AccumulationStats
     report: Report
     seed: int
     cursor: int
@@ -83,6 +126,9 @@ class Initializer(Protocol):
 
     @property
     def init(self) -> Callable[[Params], Tree]: ...
+
+    @property
+    def frozen(self) -> Callable[[str, Tensor], bool] | None: ...
 
 
 def trainable(params: Params) -> Params:
@@ -96,6 +142,7 @@ def init(
     *,
     seed: int = 0,
     ema: bool = False,
+    precision: str = "32-true",
     device: torch.device | str | None = None,
 ) -> TrainState:
     """Return the first state: a copy of the model's tensors, and the optimizer's state for those that are trained.
@@ -106,11 +153,12 @@ def init(
         model: its parameters with ``requires_grad`` are trained, the others are frozen.
         optimizer: a :class:`trainfn.optim.Transform`.
         seed: what the run's randomness is derived from, in [0, 2**63).
-        ema: keep an exponential moving average of the trained parameters, starting from their first values.
+        ema: keep an exponential moving average of the trained parameters.
+        precision: name of a policy, see :mod:`trainfn.precision`; the same as the step's.
         device: where the state lives; where each tensor of the model is, if None.
 
     Raises:
-        ConfigError: the seed is out of range.
+        ConfigError: the seed is out of range, or there is no such precision.
         ModelError: nothing to train, or lazy modules that have not seen a batch.
 
     >>> import trainfn
@@ -120,36 +168,54 @@ def init(
     """
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise ConfigError("The seed is out of range.", expected="an int in [0, 2**63)", got=repr(seed))
-    _check_parameters(model)
-    params = {name: _copy(param, device) for name, param in model.named_parameters()}
-    buffers = {name: _copy(buffer, device) for name, buffer in model.named_buffers()}
-    trained = trainable(params)
+    policy = resolve(precision)
+    stored = dict.fromkeys(lowered(model), policy.stored) if policy.stored else {}
+    frozen = optimizer.frozen or (lambda name, param: False)
+    _check_parameters(model, frozen)
+    params = {name: _copy(param, device, stored.get(name)) for name, param in model.named_parameters()}
+    for name, param in params.items():
+        param.requires_grad_(param.requires_grad and not frozen(name, param))
+    buffers = {name: _copy(buffer, device, stored.get(name)) for name, buffer in model.named_buffers()}
+    trained = {name: param.detach() for name, param in trainable(params).items()}
     home = next(iter(trained.values())).device
-
-    def number(value: float, dtype: torch.dtype) -> Tensor:
-        return torch.tensor(value, dtype=dtype, device=home)
-
+    wide = torch.float64 if home.type != "mps" else torch.float32
     with torch.no_grad():
         return TrainState(
-            step=number(0, torch.int64),
+            step=torch.zeros((), dtype=torch.int64, device=home),
             params=params,
             buffers=buffers,
-            opt=optimizer.init({name: param.detach() for name, param in trained.items()}),
-            ema={name: param.detach().clone() for name, param in trained.items()} if ema else None,
-            health=Health(streak=number(0, torch.int64), skipped=number(0, torch.int64)),
+            opt=optimizer.init(trained),
+            ema={name: param.clone() for name, param in trained.items()} if ema else None,
+            scale=first_scale(home) if policy.scaled else None,
+            health=Health(
+                streak=torch.zeros((), dtype=torch.int64, device=home),
+                baseline=Baseline(
+                    mean=torch.zeros(3, dtype=wide, device=home),
+                    spread=torch.zeros(3, dtype=wide, device=home),
+                    last=torch.zeros(3, dtype=wide, device=home),
+                    count=torch.zeros(3, dtype=torch.int64, device=home),
+                    lasting=torch.zeros((), dtype=torch.int64, device=home),
+                ),
+            ),
+            stats=AccumulationStats(
+                micro_batches=torch.zeros((), dtype=torch.int64, device=home),
+                seen=torch.zeros((), dtype=wide, device=home),
+                outcomes=torch.zeros(16, dtype=torch.int64, device=home),
+            ),
             report=Report(
-                loss=number(math.nan, torch.float32),
-                weight=number(0, torch.float32),
-                grad_norm=number(math.nan, torch.float64 if home.type != "mps" else torch.float32),
-                lr=number(math.nan, torch.float32),
-                verdict=number(0, torch.int64),
+                loss=torch.full((), math.nan, device=home),
+                weight=torch.zeros((), device=home),
+                grad_norm=torch.full((), math.nan, dtype=wide, device=home),
+                grad_norms=torch.full((len(trained),), math.nan, dtype=wide, device=home),
+                lr=torch.full((), math.nan, device=home),
+                verdict=torch.zeros((), dtype=torch.int64, device=home),
             ),
             seed=seed,
             cursor=0,
         )
 
 
-def _check_parameters(model: nn.Module) -> None:
+def _check_parameters(model: nn.Module, frozen: Callable[[str, Tensor], bool]) -> None:
     lazy = [name for name, param in model.named_parameters() if isinstance(param, nn.UninitializedParameter)]
     if lazy:
         raise ModelError(
@@ -157,15 +223,15 @@ def _check_parameters(model: nn.Module) -> None:
             where=", ".join(lazy),
             hint="run one batch through the model before training it",
         )
-    if not any(param.requires_grad for param in model.parameters()):
+    if not any(param.requires_grad and not frozen(name, param) for name, param in model.named_parameters()):
         raise ModelError(
             "The model has nothing to train.",
             expected="at least one parameter with requires_grad=True",
             got=f"{sum(1 for _ in model.parameters())} parameters, all frozen or none at all",
-            hint="call requires_grad_() on the parameters that should learn",
+            hint="call requires_grad_() on the parameters that should learn, and look at what the optimizer freezes",
         )
 
 
-def _copy(tensor: Tensor, device: torch.device | str | None) -> Tensor:
-    copied = tensor.detach().to(device=device or tensor.device, copy=True)
+def _copy(tensor: Tensor, device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor:
+    copied = tensor.detach().to(device=device or tensor.device, dtype=dtype or tensor.dtype, copy=True)
     return copied.requires_grad_(tensor.requires_grad)

@@ -2,27 +2,41 @@
 
 step = update . fold(merge) . map(gradients)
 
-update: norm -> verdict -> divide by weight and clip -> optimizer -> select by verdict -> EMA -> TrainState'
+update: norms -> verdict -> divide by weight, clip -> optimizer -> select by verdict -> EMA, loss scale -> TrainState'
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import get_args
 
 import attrs
 import torch
 from torch import Tensor, nn
 
 from trainfn.batch import Batch, micro_batches
-from trainfn.errors import ConfigError
-from trainfn.grad import Gradients, GradientsFn, LossFn, fold, make_gradients, make_loss
-from trainfn.health import Verdict, judge, track
+from trainfn.errors import ConfigError, suggest
+from trainfn.grad import (
+    Criterion,
+    ForwardFn,
+    Gradients,
+    GradientsFn,
+    fold,
+    make_criterion,
+    make_forward,
+    make_gradients,
+)
+from trainfn.health import OnSpike, Verdict, add_up, is_applied, judge, judge_spike, track
 from trainfn.loss import Loss, LossSum, resolve
+from trainfn.metric import Metric, MetricSum
 from trainfn.optim import Transform
 from trainfn.optim.clip import check_max_norm, clip_factor
-from trainfn.state import Params, Report, TrainState, trainable
-from trainfn.tree import evolve, norm, select
+from trainfn.optim.moments import one_minus_power
+from trainfn.optim.transform import wide
+from trainfn.precision import LossScale, next_scale
+from trainfn.state import Buffers, Params, Report, TrainState, trainable
+from trainfn.tree import evolve, leaf_norms, select
 
 UpdateFn = Callable[[TrainState, Gradients], TrainState]
 
@@ -35,18 +49,24 @@ class Step:
 
     Attributes:
         model: the module whose forward is applied; its own tensors are never read or written.
-        loss: ``(params, buffers, batch) -> LossSum``.
+        strategy: the loss as it was given or registered, ``(outputs, batch) -> LossSum`` or a mean.
+        forward: ``(params, buffers, batch) -> outputs``.
+        criterion: ``(outputs, batch) -> LossSum``.
         gradients: ``(params, buffers, batch) -> Gradients``.
         update: ``(state, Gradients) -> state``.
         accumulate: number of micro-batches a batch is divided into.
+        precision: name of the policy, see :mod:`trainfn.precision`.
         optimizer: the Transform that ``update`` applies.
     """
 
     model: nn.Module
-    loss: LossFn
+    strategy: Loss
+    forward: ForwardFn
+    criterion: Criterion
     gradients: GradientsFn
     update: UpdateFn
     accumulate: int
+    precision: str
     optimizer: Transform
 
     def __call__(self, state: TrainState, batch: Batch) -> TrainState:
@@ -56,19 +76,30 @@ class Step:
 
     def transition(self, state: TrainState, batch: Batch) -> TrainState:
         """Return the step's tensors: the part that is traced. ``seed`` and ``cursor`` are handed through."""
-        found = fold(self.gradients, state.params, state.buffers, micro_batches(batch, self.accumulate))
+        parts = micro_batches(batch, self.accumulate)
+        found = fold(self.gradients, state.params, state.buffers, parts, scale=state.scale)
         return self.update(state, found)
 
-    def evaluate(self, state: TrainState, batch: Batch, *, params: Params | None = None) -> LossSum:
-        """Return the loss of one batch in evaluation mode, without gradients.
+    def loss(self, params: Params, buffers: Buffers, batch: Batch) -> LossSum:
+        """Return the summed loss of one batch: the forward, then the criterion."""
+        return self.criterion(self.forward(params, buffers, batch), batch)
+
+    def evaluate(
+        self, state: TrainState, batch: Batch, *, metrics: Sequence[Metric] = (), params: Params | None = None
+    ) -> dict[str, LossSum | MetricSum]:
+        """Return the sums of one batch, ``"loss"`` and each metric by name, in evaluation mode, without gradients.
 
         Args:
             state: read for its parameters, buffers and device.
             batch: any batch.
+            metrics: measured on the outputs that the loss is made of.
             params: used in place of the state's parameters of the same names, for example ``state.ema``.
         """
         with surroundings(self.model, state, training=False):
-            return self.loss(state.params | (params or {}), dict(state.buffers), batch)
+            outputs = self.forward(state.params | (params or {}), dict(state.buffers), batch)
+            return {"loss": self.criterion(outputs, batch)} | {
+                metric.name: metric.measure(outputs, batch) for metric in metrics
+            }
 
 
 def make_step(
@@ -79,6 +110,8 @@ def make_step(
     accumulate: int = 1,
     clip_norm: float | None = None,
     ema: float | None = None,
+    precision: str = "32-true",
+    on_spike: OnSpike = "off",
 ) -> Step:
     """Return the pure function ``step(state, batch) -> state`` that trains ``model``.
 
@@ -94,6 +127,9 @@ def make_step(
         accumulate: divide each batch into this many micro-batches. Changes memory, not meaning.
         clip_norm: largest 2-norm of the mean gradient; None for no clipping.
         ema: decay of the moving average of the parameters, in [0, 1); needs ``init(..., ema=True)``.
+        precision: name of a policy, see :mod:`trainfn.precision`; the same as in ``init(..., precision=)``.
+        on_spike: what to do about a loss or gradient norm far above its recent past, see :mod:`trainfn.health`:
+            ``"off"``, ``"warn"`` (apply it and say so), ``"skip"``, or ``"halt"`` (skip it, and ``fit`` stops).
 
     Raises:
         ConfigError: a setting is out of range.
@@ -113,27 +149,41 @@ def make_step(
         check_max_norm(clip_norm)
     if ema is not None and not 0.0 <= ema < 1.0:
         raise ConfigError("The EMA decay is out of range.", expected="a number in [0, 1), or None", got=repr(ema))
+    if on_spike not in get_args(OnSpike):
+        raise ConfigError(
+            "There is no such answer to a spike.", got=repr(on_spike), hint=suggest(str(on_spike), get_args(OnSpike))
+        )
     strategy = resolve(loss)
+    _check_trained(strategy, model, optimizer)
     return Step(
         model=model,
-        loss=make_loss(model, strategy),
-        gradients=make_gradients(model, strategy),
-        update=make_update(optimizer, clip_norm=clip_norm, ema=ema),
+        strategy=strategy,
+        forward=make_forward(model, precision),
+        criterion=make_criterion(strategy, precision),
+        gradients=make_gradients(model, strategy, precision),
+        update=make_update(optimizer, clip_norm=clip_norm, ema=ema, on_spike=on_spike),
         accumulate=accumulate,
+        precision=precision,
         optimizer=optimizer,
     )
 
 
-def make_update(optimizer: Transform, *, clip_norm: float | None = None, ema: float | None = None) -> UpdateFn:
+def make_update(
+    optimizer: Transform, *, clip_norm: float | None = None, ema: float | None = None, on_spike: OnSpike = "off"
+) -> UpdateFn:
     """Return ``(state, Gradients) -> state``: the one place where sums are divided and anything changes."""
 
     def update(state: TrainState, found: Gradients) -> TrainState:
         with torch.no_grad():
             params = {name: param.detach() for name, param in trainable(state.params).items()}
-            summed_norm = norm(found.grads)
-            verdict = judge(found.total, found.weight, summed_norm)
-            applied = verdict == int(Verdict.OK)
-            grad_norm = summed_norm / found.weight
+            norms = leaf_norms(found.grads)
+            summed_norm = torch.linalg.vector_norm(norms)
+            loss, grad_norm = found.total / found.weight, summed_norm / found.weight
+            verdict = judge(found.total, found.weight, summed_norm, state.scale)
+            baseline = state.health.baseline
+            if on_spike != "off":
+                verdict, baseline = judge_spike(baseline, verdict, loss, grad_norm, skip=on_spike != "warn")
+            applied = is_applied(verdict)
             factor = torch.reciprocal(found.weight.to(grad_norm.dtype))
             if clip_norm is not None:
                 factor = factor * clip_factor(grad_norm, clip_norm)
@@ -146,12 +196,15 @@ def make_update(optimizer: Transform, *, clip_norm: float | None = None, ema: fl
                 params=state.params | new,
                 buffers=select(applied, found.buffers, state.buffers),
                 opt=select(applied, opt, state.opt),
-                ema=_average(state.ema, new, applied, ema),
-                health=track(state.health, verdict),
+                ema=_average(state, new, applied, ema),
+                scale=_rescale(state.scale, verdict, summed_norm),
+                health=track(state.health, verdict, applied, baseline),
+                stats=add_up(state.stats, verdict, applied, found.weight, found.micro_batches),
                 report=Report(
-                    loss=found.total / found.weight,
+                    loss=loss,
                     weight=found.weight,
                     grad_norm=grad_norm,
+                    grad_norms=norms / found.weight,
                     lr=_rate(optimizer, state.step, found.total),
                     verdict=verdict,
                 ),
@@ -174,7 +227,12 @@ def surroundings(model: nn.Module, state: TrainState, *, training: bool) -> Iter
         yield
 
 
-def _average(old: Params | None, new: Params, applied: Tensor, decay: float | None) -> Params | None:
+def _average(state: TrainState, new: Params, applied: Tensor, decay: float | None) -> Params | None:
+    """Return the average of the parameters after each update, as ``sum_i decay^(t - i) p_i``, weights made to sum to 1.
+
+    As with Adam's moments, the correction of the bias of a beginning at 0; here in a recursion that is never biased.
+    """
+    old = state.ema
     if (old is None) != (decay is None):
         raise ConfigError(
             "The state and the step disagree about the moving average of the parameters.",
@@ -183,7 +241,26 @@ def _average(old: Params | None, new: Params, applied: Tensor, decay: float | No
         )
     if old is None or decay is None:
         return None
-    return select(applied, {name: torch.lerp(old[name], new[name], 1.0 - decay) for name in old}, old)
+    share = (1.0 - decay) / one_minus_power(decay, wide(state.step) + 1.0)
+    return select(applied, {name: torch.lerp(old[name], new[name], share.to(new[name].dtype)) for name in old}, old)
+
+
+def _rescale(scale: LossScale | None, verdict: Tensor, summed_norm: Tensor) -> LossScale | None:
+    if scale is None:
+        return None
+    return next_scale(scale, overflow=~torch.isfinite(summed_norm), counted=verdict != int(Verdict.EMPTY))
+
+
+def _check_trained(loss: Loss, model: nn.Module, optimizer: Transform) -> None:
+    """Let a loss that wants to know what is trained, such as ``peft_aware``, have its say."""
+    check = getattr(loss, "check_trained", None)
+    if check is not None:
+        frozen = [
+            name
+            for name, param in model.named_parameters()
+            if not param.requires_grad or (optimizer.frozen is not None and optimizer.frozen(name, param))
+        ]
+        check([name for name, _ in model.named_parameters() if name not in set(frozen)], frozen)
 
 
 def _rate(optimizer: Transform, step: Tensor, like: Tensor) -> Tensor:

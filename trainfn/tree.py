@@ -142,12 +142,20 @@ def norm(tree: Tree) -> Tensor:
     >>> float(norm({"a": torch.tensor([3.0]), "b": torch.tensor([4.0])}))
     5.0
     """
+    return cast(Tensor, torch.linalg.vector_norm(leaf_norms(tree)))
+
+
+def leaf_norms(tree: Tree) -> Tensor:
+    """Return the 2-norm of each leaf, [leaves] float64 (float32 where the device has no float64), in their order.
+
+    >>> leaf_norms({"a": torch.tensor([3.0, 4.0]), "b": torch.zeros(2)})
+    tensor([5., 0.], dtype=torch.float64)
+    """
     leaves = [leaf for _, leaf in named_leaves(tree)]
     if not leaves:
-        return torch.zeros((), dtype=torch.float64)
+        return torch.zeros(0, dtype=torch.float64)
     wide = torch.float32 if leaves[0].device.type == "mps" else torch.float64
-    norms = [torch.linalg.vector_norm(leaf, dtype=wide) for leaf in leaves]
-    return cast(Tensor, torch.linalg.vector_norm(torch.stack(norms)))
+    return torch.stack([torch.linalg.vector_norm(leaf, dtype=wide) for leaf in leaves])
 
 
 def batch_length(batch: Tree) -> int:

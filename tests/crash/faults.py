@@ -16,7 +16,9 @@ from torch import nn
 
 from trainfn.state import TrainState, init
 
-MOMENTS = SimpleNamespace(init=lambda params: {"exp_avg": {n: torch.zeros_like(p) for n, p in params.items()}})
+MOMENTS = SimpleNamespace(
+    init=lambda params: {"exp_avg": {n: torch.zeros_like(p) for n, p in params.items()}}, frozen=None
+)
 """Stands in for an optimizer: all that a checkpoint sees of one is its state."""
 
 

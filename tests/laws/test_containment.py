@@ -30,6 +30,7 @@ from trainfn.engine.compile import Mode
 from trainfn.health import Verdict, judge
 from trainfn.loss import LossSum
 from trainfn.optim import adamw, sgd, warmup_cosine
+from trainfn.precision import LossScale
 from trainfn.state import TrainState
 from trainfn.tree import digest, norm
 
@@ -67,19 +68,24 @@ def poisoned_batch(setup: Setup, place: str, value: float, seed: int = 0) -> Bat
 
 def trained_part(state: TrainState) -> dict[str, str]:
     """What a skipped step must leave alone, to the bit."""
-    return {name: digest(getattr(state, name)) for name in ("step", "params", "buffers", "opt", "ema")}
+    parts = {name: digest(getattr(state, name)) for name in ("step", "params", "buffers", "opt", "ema")}
+    return parts | {"baseline": digest(state.health.baseline), "seen": digest(state.stats.seen)}
+
+
+def bad_steps(state: TrainState) -> int:
+    return int(state.stats.outcomes[[Verdict.NON_FINITE_LOSS, Verdict.NON_FINITE_GRADIENT]].sum())
 
 
 def check_contained(step: StepFn, state: TrainState, bad: Batch, verdicts: tuple[Verdict, ...] = BAD) -> TrainState:
     """Return the state after ``bad``, which must not differ from the one before in anything that is trained."""
-    before, health = trained_part(state), [int(state.health.streak), int(state.health.skipped)]
+    before, health = trained_part(state), [int(state.health.streak), bad_steps(state)]
     rate, seed, cursor = digest(state.step), state.seed, state.cursor
     after = step(state, bad)
     changed = [name for name, bits in trained_part(after).items() if bits != before[name]]
     assert not changed, f"the step changed {changed}"
     assert Verdict(int(after.report.verdict)) in verdicts
     counted = verdicts == BAD
-    assert [int(after.health.streak), int(after.health.skipped)] == [number + counted for number in health]
+    assert [int(after.health.streak), bad_steps(after)] == [number + counted for number in health]
     assert (digest(after.step), after.seed, after.cursor) == (rate, seed, cursor + 1)
     return after
 
@@ -93,7 +99,7 @@ def check_forgotten(step: StepFn, state: TrainState, bad: Batch, good: Batch) ->
     assert digest(after.report) == digest(without.report)
     assert int(after.step) == int(state.step) + 1
     assert int(after.health.streak) == 0
-    assert int(after.health.skipped) == int(state.health.skipped) + 1
+    assert bad_steps(after) == bad_steps(state) + 1
 
 
 # The first layer is trained here: what comes in through a frozen one may be squashed to something finite, and is fine.
@@ -133,7 +139,7 @@ def test_in_a_donating_step_too(mode: Mode, dtype: torch.dtype) -> None:
         state = check_contained(step, state, poisoned_batch(setup, place, value))
         state = step(state, clean_batch(setup, seed))
         reference = plain(attrs.evolve(reference, cursor=reference.cursor + 1), clean_batch(setup, seed))
-    assert int(state.health.skipped) == 3
+    assert bad_steps(state) == 3
     assert int(state.step) == 3
     if mode == "eager":
         assert trained_part(state) == trained_part(reference)
@@ -171,7 +177,7 @@ def test_the_streak_counts_bad_steps_in_a_row_and_an_empty_one_neither_adds_nor_
     seen = []
     for batch in (bad, bad, empty, bad, good, empty, bad):
         state = step(state, batch)
-        seen.append((int(state.health.streak), int(state.health.skipped), int(state.step)))
+        seen.append((int(state.health.streak), bad_steps(state), int(state.step)))
     assert seen == [(1, 1, 0), (2, 2, 0), (2, 2, 0), (3, 3, 0), (0, 3, 1), (0, 3, 1), (1, 4, 1)]
 
 
@@ -238,8 +244,8 @@ def test_control_the_plain_norm_raises_a_false_alarm_or_sees_nothing() -> None:
 # --- controls: the same checkers, guards that are not good enough -----------------------------------------------------
 
 
-def loss_only(total: Tensor, weight: Tensor, grad_norm: Tensor) -> Tensor:
-    return judge(total, weight, torch.zeros_like(grad_norm))
+def loss_only(total: Tensor, weight: Tensor, grad_norm: Tensor, scale: LossScale | None) -> Tensor:
+    return judge(total, weight, torch.zeros_like(grad_norm), scale)
 
 
 def test_control_a_guard_that_looks_at_the_loss_only_lets_a_gradient_through(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,16 +254,16 @@ def test_control_a_guard_that_looks_at_the_loss_only_lets_a_gradient_through(mon
     model = setup.net.model()
     step, state = setup.step(model, summed_with_extra), setup.state(model)
     check_contained(step, state, poisoned_batch(setup, "loss", math.nan))
-    with pytest.raises(AssertionError, match=r"the step changed \['step', 'params', 'opt'\]"):
+    with pytest.raises(AssertionError, match=r"the step changed \['step', 'params', 'opt', 'seen'\]"):
         check_contained(step, state, poisoned_batch(setup, "gradient", math.nan))
 
 
 def test_control_no_guard_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainfn.step, "judge", lambda total, weight, grad_norm: torch.tensor(int(Verdict.OK)))
+    monkeypatch.setattr(trainfn.step, "judge", lambda *numbers: torch.tensor(int(Verdict.OK)))
     setup = Setup(MlpRecipe(blocks=("batch_norm",)), adamw(0.1), ema=0.9)
     model = setup.net.model()
     step, state = setup.step(model, summed_with_extra), setup.state(model)
-    with pytest.raises(AssertionError, match=r"\['step', 'params', 'buffers', 'opt', 'ema'\]"):
+    with pytest.raises(AssertionError, match=r"\['step', 'params', 'buffers', 'opt', 'ema', 'seen'\]"):
         check_contained(step, state, poisoned_batch(setup, "batch", math.nan))
 
 

@@ -38,6 +38,7 @@ def contributions(draw: st.DrawFn, count: int) -> list[Gradients]:
             grads={name: tensor(shape) for name, shape in form.items()},
             total=tensor(()),
             weight=torch.tensor(float(draw(st.integers(0, 9))), dtype=dtype),
+            micro_batches=torch.tensor(draw(st.integers(0, 9))),
             buffers={"mean": tensor((2,))},
         )
         for _ in range(count)
@@ -126,7 +127,8 @@ def keeps_the_left_weight(a: Gradients, b: Gradients) -> Gradients:
 
 def one(value: float) -> Gradients:
     scalar = torch.tensor(value, dtype=torch.float64)
-    return Gradients(grads={"w": scalar}, total=scalar, weight=scalar, buffers={"mean": scalar})
+    parts = torch.tensor(1)
+    return Gradients(grads={"w": scalar}, total=scalar, weight=scalar, micro_batches=parts, buffers={"mean": scalar})
 
 
 def test_control_an_average_is_neither_associative_nor_has_an_identity() -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default_collate
 
-from trainfn.errors import ConfigError, DataError
+from trainfn.errors import ConfigError, DataError, listed
 from trainfn.tree import Tree, batch_length, map_leaves, named_leaves
 
 Batch = Tree
@@ -209,8 +209,8 @@ def _check_map_style(data: object) -> None:
 def _failed(
     subject: str, error: Exception, chosen: list[int], cursor: int | None, hint: str | None = None
 ) -> DataError:
-    some = ", ".join(map(str, chosen[:64])) + (", ..." if len(chosen) > 64 else "")
-    where = f"examples [{some}]" if cursor is None else f"batch {cursor}, examples [{some}]"
+    some = f"examples [{listed(chosen)}]"
+    where = some if cursor is None else f"batch {cursor}, {some}"
     return DataError(f"{subject} failed.", where=where, got=f"{type(error).__name__}: {error}", hint=hint)
 
 

@@ -13,7 +13,7 @@ import time
 import types
 import warnings
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -24,6 +24,7 @@ from torch import Tensor
 from trainfn.batch import Batch, micro_batches
 from trainfn.errors import CompileError, ConfigError, DonatedStateError, TrainfnError, suggest
 from trainfn.loss import LossSum
+from trainfn.metric import Metric, MetricSum
 from trainfn.state import Params, TrainState, trainable
 from trainfn.step import Step, finished, surroundings
 from trainfn.tree import Tree, describe, evolve, named_leaves
@@ -119,9 +120,11 @@ class CompiledStep:
         self._last = weakref.ref(after)
         return after
 
-    def evaluate(self, state: TrainState, batch: Batch, *, params: Params | None = None) -> LossSum:
-        """Return the loss of one batch, as :meth:`trainfn.step.Step.evaluate` does."""
-        return self.step.evaluate(state, batch, params=params)
+    def evaluate(
+        self, state: TrainState, batch: Batch, *, metrics: Sequence[Metric] = (), params: Params | None = None
+    ) -> dict[str, LossSum | MetricSum]:
+        """Return the sums of one batch, as :meth:`trainfn.step.Step.evaluate` does."""
+        return self.step.evaluate(state, batch, metrics=metrics, params=params)
 
     def settle(self, state: TrainState) -> tuple[Mode, str]:
         """Decide what ``auto`` means for this state's device, once; return the mode and the reason."""
@@ -222,7 +225,8 @@ def _make_program(step: Step, *, donate: bool, backend: str) -> Callable[[TrainS
 
 def _written(state: TrainState) -> list[tuple[str, Tensor]]:
     """The tensors that a step changes, in one order for the state before and after."""
-    tree = (state.step, trainable(state.params) or state.params, state.buffers, state.opt, state.ema, state.health)
+    trained = trainable(state.params) or state.params
+    tree = (state.step, trained, state.buffers, state.opt, state.ema, state.scale, state.health, state.stats)
     return list(named_leaves(tree))
 
 

@@ -11,21 +11,27 @@
 | ``regression`` | squared, absolute or Huber's loss |
 | ``distillation`` | a teacher's distribution and the labels |
 | ``low_precision_safe`` | a loss that is given float32 outputs |
-| ``register``, ``resolve``, ``names`` | losses by name |
+| ``peft_aware`` | a loss that has looked at which parameters are trained |
+| ``register``, ``resolve``, ``names``, ``wrappers`` | losses by name |
+| ``widens``, ``reads``, ``Reading``, ``reading_of`` | what a loss says of itself |
 """
 
-from trainfn.loss.base import Loss, LossSum, as_loss_sum, logits_of
+from trainfn.loss.base import Loss, LossSum, as_loss_sum, logits_of, widens
 from trainfn.loss.classification import classification, segmentation, vision_classification
 from trainfn.loss.distillation import distillation
 from trainfn.loss.language_modeling import language_modeling, masked_language_modeling, seq2seq
 from trainfn.loss.low_precision import low_precision_safe
 from trainfn.loss.multi_label import multi_label
-from trainfn.loss.registry import names, register, resolve
+from trainfn.loss.peft import PeftWarning, peft_aware
+from trainfn.loss.reading import Reading, reading_of, reads
+from trainfn.loss.registry import names, register, resolve, wrappers
 from trainfn.loss.regression import regression
 
 __all__ = [
     "Loss",
     "LossSum",
+    "PeftWarning",
+    "Reading",
     "as_loss_sum",
     "classification",
     "distillation",
@@ -35,10 +41,15 @@ __all__ = [
     "masked_language_modeling",
     "multi_label",
     "names",
+    "peft_aware",
+    "reading_of",
+    "reads",
     "register",
     "regression",
     "resolve",
     "segmentation",
     "seq2seq",
     "vision_classification",
+    "widens",
+    "wrappers",
 ]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -35,6 +36,41 @@ class Loss(Protocol):
     def __call__(self, outputs: Any, batch: Batch, /) -> LossSum | Tensor: ...
 
 
+L = TypeVar("L", bound=Callable[..., Any])
+
+MARKS = ("widens", "reading", "check_trained")
+"""What a loss may carry as an attribute, beside what it computes: see ``widens``, ``reads`` and ``peft_aware``."""
+
+
+def widens(loss: L) -> L:
+    """Mark a loss as one that makes its sums in float32 or wider itself, so that it needs no wide copy of the outputs.
+
+    >>> @widens
+    ... def loss(outputs, batch):
+    ...     return outputs.float().mean()
+    >>> loss.widens
+    True
+    """
+    cast(Any, loss).widens = True
+    return loss
+
+
+def marked_like(base: Any) -> Callable[[L], L]:
+    """Return a decorator that gives a loss around ``base`` the marks that ``base`` carries.
+
+    >>> marked_like(widens(lambda outputs, batch: 0))(lambda outputs, batch: 1).widens
+    True
+    """
+
+    def mark(loss: L) -> L:
+        for name in MARKS:
+            if hasattr(base, name):
+                setattr(loss, name, getattr(base, name))
+        return loss
+
+    return mark
+
+
 def as_loss_sum(value: LossSum | Tensor, batch: Batch) -> LossSum:
     """Turn what a loss returned into a sum: a 0-d tensor is a mean over examples, so it is multiplied by their number.
 
@@ -59,6 +95,8 @@ def as_loss_sum(value: LossSum | Tensor, batch: Batch) -> LossSum:
 def logits_of(outputs: Any) -> Tensor:
     """Return the logits in a model's output: the tensor itself, a tuple's first item, ``["logits"]`` or ``.logits``.
 
+    Quantized logits and floats of 8 bits, for which PyTorch has few operations, come back as float32.
+
     Raises:
         ModelError: none of these is a tensor.
 
@@ -79,7 +117,18 @@ def logits_of(outputs: Any) -> Tensor:
             got=f"{type(outputs).__name__}({describe(outputs)})",
             hint="pass a loss function of your own: loss(outputs, batch)",
         )
-    return found
+    return from_eight_bits(found)
+
+
+def from_eight_bits(values: Tensor) -> Tensor:
+    """Return quantized values and floats of 8 bits as float32, all else as it is.
+
+    >>> from_eight_bits(torch.ones(2).to(torch.float8_e5m2)).dtype, from_eight_bits(torch.ones(2).half()).dtype
+    (torch.float32, torch.float16)
+    """
+    if values.is_quantized:
+        return values.dequantize()
+    return values.float() if values.dtype.is_floating_point and values.dtype.itemsize == 1 else values
 
 
 def check_labels(labels: Tensor, shape: tuple[int, ...], logits: Tensor) -> None:
@@ -87,6 +136,8 @@ def check_labels(labels: Tensor, shape: tuple[int, ...], logits: Tensor) -> None
 
     Raises:
         DataError: another dtype or shape.
+
+    >>> check_labels(torch.tensor([0, 2]), (2,), torch.zeros(2, 3))
     """
     dtype = labels.dtype if isinstance(labels, Tensor) else torch.bool
     if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
@@ -118,6 +169,8 @@ def check_number(name: str, value: float, *, least: float, most: float = math.in
 
     Raises:
         ConfigError: it is not.
+
+    >>> check_number("alpha", 0.5, least=0.0, most=1.0)
     """
     fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if not fits or not least <= value <= most:

@@ -9,18 +9,14 @@ is the weighted mean of ``torch.nn.CrossEntropyLoss``. Letters: B batch, T posit
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from trainfn.batch import Batch, target
-from trainfn.errors import ConfigError, DataError, ModelError, suggest
-from trainfn.loss.base import Loss, LossSum, check_labels, logits_of, widened
+from trainfn.batch import Batch
+from trainfn.loss.base import Loss, LossSum, logits_of, widens
 from trainfn.loss.cross_entropy import make_cross_entropy
-from trainfn.tree import describe
-
-Pooling = Literal["last", "mean"]
+from trainfn.loss.reading import Pooling, Reading, check_pooling, examples, pixels, pooled_examples, reads
 
 
 def classification(
@@ -46,6 +42,7 @@ def classification(
         DataError: (from the loss) labels that are not class indices [B]; a mask that is not [B, T].
         ModelError: (from the loss) logits that are not [B, C], or with ``pooling`` [B, T, C].
 
+    >>> import torch
     >>> logits = torch.tensor([[100.0, 0.0], [0.0, 100.0]])
     >>> classification()(logits, (None, torch.tensor([0, -100])))
     LossSum(total=tensor(0.), weight=tensor(1.))
@@ -53,19 +50,16 @@ def classification(
     >>> classification(pooling="last")(logits[None], batch)
     LossSum(total=tensor(0.), weight=tensor(1.))
     """
-    if pooling is not None and pooling not in get_args(Pooling):
-        raise ConfigError(
-            "There is no pooling of this name.", got=repr(pooling), hint=suggest(str(pooling), get_args(Pooling))
-        )
+    check_pooling(pooling)
     reduce = make_cross_entropy(ignore_index=ignore_index, class_weights=class_weights, label_smoothing=label_smoothing)
 
+    @widens
+    @reads(Reading(ignore_index=ignore_index, pooling=pooling))
     def loss(outputs: Any, batch: Batch) -> LossSum:
         logits = logits_of(outputs)
-        if pooling is None or logits.ndim != 3:
+        if pooling is None:
             return reduce(*examples(logits, batch, ignore_index))
-        real = _real_positions(logits, batch)
-        pooled, labels = examples(_pool(logits, real, pooling), batch, ignore_index)
-        return reduce(pooled, labels.masked_fill(~real.any(1), ignore_index))
+        return reduce(*pooled_examples(logits, batch, ignore_index, pooling))
 
     return loss
 
@@ -86,6 +80,7 @@ def vision_classification(
         DataError: (from the loss) labels that are not class indices [B].
         ModelError: (from the loss) logits that are not [B, C].
 
+    >>> import torch
     >>> batch = {"pixel_values": torch.zeros(1, 3, 2, 2), "labels": torch.tensor([1])}
     >>> vision_classification()(torch.tensor([[0.0, 100.0]]), batch)
     LossSum(total=tensor(0.), weight=tensor(1.))
@@ -113,6 +108,7 @@ def segmentation(
         DataError: (from the loss) labels that are not class indices [B, H, W].
         ModelError: (from the loss) logits that are not [B, C, H, W].
 
+    >>> import torch
     >>> labels = torch.tensor([[[0, 255]]], dtype=torch.uint8)
     >>> logits = torch.tensor([100.0, 0.0]).reshape(1, 2, 1, 1).expand(1, 2, 1, 2)
     >>> segmentation(ignore_index=255)(logits, (None, labels))
@@ -120,61 +116,9 @@ def segmentation(
     """
     reduce = make_cross_entropy(ignore_index=ignore_index, class_weights=class_weights, label_smoothing=label_smoothing)
 
+    @widens
+    @reads(Reading(ignore_index=ignore_index))
     def loss(outputs: Any, batch: Batch) -> LossSum:
-        logits = logits_of(outputs)
-        if logits.ndim != 4:
-            raise ModelError(
-                "Segmentation needs logits for every pixel.",
-                expected="logits [batch, classes, height, width]",
-                got=describe(logits),
-            )
-        labels = target(batch)
-        check_labels(labels, (logits.shape[0], *logits.shape[2:]), logits)
-        return reduce(logits, labels.long())
+        return reduce(*pixels(logits_of(outputs), batch, ignore_index))
 
     return loss
-
-
-def examples(logits: Tensor, batch: Batch, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """Return logits [B, C] and the labels of the same examples, [B] int64.
-
-    Raises:
-        DataError, ModelError: as in :func:`classification`.
-    """
-    if logits.ndim != 2:
-        raise ModelError(
-            "Classification needs one row of logits for each example.",
-            expected="logits [batch, classes]",
-            got=describe(logits),
-            hint={
-                3: 'classification(pooling="last") or pooling="mean" makes one row out of those of all positions',
-                4: 'loss="segmentation" is for classes of pixels',
-            }.get(logits.ndim),
-        )
-    labels = target(batch)
-    check_labels(labels, (logits.shape[0],), logits)
-    return logits, labels.long()
-
-
-def _real_positions(logits: Tensor, batch: Batch) -> Tensor:
-    shape = logits.shape[:2]  # (B, T)
-    mask: Tensor | None = batch.get("attention_mask") if isinstance(batch, dict) else None
-    if mask is None:
-        return torch.ones(shape, dtype=torch.bool, device=logits.device)
-    if mask.shape != shape:
-        raise DataError(
-            "The attention mask does not have the shape that the logits ask for.",
-            where="attention_mask",
-            expected=f"{list(shape)} for logits {list(logits.shape)}",
-            got=describe(mask),
-        )
-    return mask != 0
-
-
-def _pool(logits: Tensor, real: Tensor, pooling: Pooling) -> Tensor:
-    if pooling == "mean":
-        held = torch.where(real[..., None], widened(logits), 0.0)  # (B, T, C)
-        return held.sum(1) / real.sum(1, keepdim=True).clamp(min=1)  # (B, C)
-    positions = torch.arange(logits.shape[1], device=logits.device)
-    last = (real * positions).amax(1)  # (B), 0 where nothing is real
-    return logits.gather(1, last[:, None, None].expand(-1, 1, logits.shape[2]))[:, 0]  # (B, C)

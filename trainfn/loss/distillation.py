@@ -20,10 +20,9 @@ from torch import Tensor
 
 from trainfn.batch import Batch
 from trainfn.errors import ConfigError, DataError, suggest
-from trainfn.loss.base import Loss, LossSum, check_number, logits_of, widened
-from trainfn.loss.classification import examples
+from trainfn.loss.base import Loss, LossSum, check_number, logits_of, widened, widens
 from trainfn.loss.cross_entropy import make_cross_entropy
-from trainfn.loss.language_modeling import aligned_tokens, next_tokens
+from trainfn.loss.reading import Reading, aligned_tokens, examples, next_tokens, reads
 from trainfn.tree import describe
 
 Base = Literal["classification", "language_modeling", "masked_language_modeling", "seq2seq"]
@@ -74,6 +73,8 @@ def distillation(
         raise ConfigError("There is no such loss to distil.", got=repr(base), hint=suggest(str(base), _READERS))
     read, reduce = _READERS[base], make_cross_entropy(ignore_index=ignore_index)
 
+    @widens
+    @reads(Reading(ignore_index=ignore_index, shift=read is next_tokens))
     def loss(outputs: Any, batch: Batch) -> LossSum:
         logits = logits_of(outputs)
         known = _teacher_logits(teacher, batch, logits)
@@ -95,7 +96,7 @@ def _teacher_logits(teacher: Teacher | None, batch: Batch, logits: Tensor) -> Te
         with torch.no_grad():
             known = logits_of(teacher(batch)).detach()
     elif isinstance(batch, dict) and isinstance(batch.get("teacher_logits"), Tensor):
-        known = batch["teacher_logits"].detach()
+        known = logits_of(batch["teacher_logits"]).detach()
     else:
         raise DataError(
             "The batch holds no logits of a teacher.",

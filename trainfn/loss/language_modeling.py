@@ -4,9 +4,10 @@
     masked_language_modeling:   total = - sum over b, t of log softmax(logits[b, t])[labels[b, t]]
     seq2seq:                    the same, over a decoder's positions
 
-over the labels that are not ignored, in nats; the weight is their number. The shift of the first happens here and only
-here: ``labels`` are aligned with ``input_ids``, as in Hugging Face. Label smoothing, z-loss and reduction in chunks
-are those of :mod:`trainfn.loss.cross_entropy`. Letters: B batch, T positions, V vocabulary.
+over the labels that are not ignored, in nats; the weight is their number. The shift of the first happens in
+:func:`trainfn.loss.reading.next_tokens` and only there: ``labels`` are aligned with ``input_ids``, as in Hugging Face.
+Label smoothing, z-loss and reduction in chunks are those of :mod:`trainfn.loss.cross_entropy`. Letters: B batch, T
+positions, V vocabulary.
 
 References:
     Y. Bengio et al., "A Neural Probabilistic Language Model", JMLR 3, 2003.
@@ -16,16 +17,12 @@ References:
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
-import torch.nn.functional as F
-from torch import Tensor
-
-from trainfn.batch import TARGET_NAMES, Batch, inputs, target
-from trainfn.errors import DataError, ModelError
-from trainfn.loss.base import Loss, LossSum, check_labels, logits_of
+from trainfn.batch import Batch
+from trainfn.loss.base import Loss, LossSum, logits_of, widens
 from trainfn.loss.cross_entropy import make_cross_entropy
-from trainfn.tree import describe
+from trainfn.loss.reading import Reading, aligned_tokens, next_tokens, reads
 
 
 def language_modeling(
@@ -40,8 +37,8 @@ def language_modeling(
         ignore_index: label that does not count.
         label_smoothing: share of the target that is spread evenly over the vocabulary, in [0, 1].
         z_loss: weight of the squared log normaliser, 1e-4 in PaLM; 0 for none.
-        chunk_size: tokens to reduce at a time, for example 4096: the float32 copy of 16-bit logits is then never held
-            whole. The result is the same to rounding.
+        chunk_size: tokens to reduce at a time: the float32 copy of 16-bit logits is then never held whole. The result
+            is the same to rounding. ``"chunked_language_modeling"`` is this loss, by name, with 4096.
 
     Raises:
         ConfigError: an option is out of range.
@@ -49,6 +46,7 @@ def language_modeling(
         ModelError: (from the loss) logits that are not [B, T, V].
 
     >>> import torch
+    >>> import torch.nn.functional as F
     >>> tokens = torch.tensor([[1, 2, 0]])
     >>> perfect = F.one_hot(tokens.roll(-1, 1), 3) * 100.0
     >>> language_modeling()(perfect, {"input_ids": tokens})
@@ -58,6 +56,8 @@ def language_modeling(
         ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, chunk_size=chunk_size
     )
 
+    @widens
+    @reads(Reading(ignore_index=ignore_index, shift=True))
     def loss(outputs: Any, batch: Batch) -> LossSum:
         return reduce(*next_tokens(logits_of(outputs), batch, ignore_index))
 
@@ -80,6 +80,7 @@ def masked_language_modeling(
         ModelError: (from the loss) logits that are not [B, T, V].
 
     >>> import torch
+    >>> import torch.nn.functional as F
     >>> labels = torch.tensor([[-100, 2, -100]])
     >>> perfect = F.one_hot(torch.tensor([[0, 2, 0]]), 3) * 100.0
     >>> masked_language_modeling()(perfect, {"input_ids": torch.tensor([[1, 3, 0]]), "labels": labels})
@@ -89,6 +90,8 @@ def masked_language_modeling(
         ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, chunk_size=chunk_size
     )
 
+    @widens
+    @reads(Reading(ignore_index=ignore_index))
     def loss(outputs: Any, batch: Batch) -> LossSum:
         return reduce(*aligned_tokens(logits_of(outputs), batch, ignore_index))
 
@@ -112,6 +115,7 @@ def seq2seq(
         ModelError: (from the loss) logits that are not [B, T, V].
 
     >>> import torch
+    >>> import torch.nn.functional as F
     >>> labels = torch.tensor([[2, 1, -100]])
     >>> perfect = F.one_hot(torch.tensor([[2, 1, 0]]), 3) * 100.0
     >>> seq2seq()({"logits": perfect}, {"input_ids": torch.tensor([[4, 5]]), "labels": labels})
@@ -120,58 +124,3 @@ def seq2seq(
     return masked_language_modeling(
         ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, chunk_size=chunk_size
     )
-
-
-def next_tokens(logits: Tensor, batch: Batch, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """Return logits [B * T, V] and, for each, the token that comes next, [B * T]; after the last one, none counts.
-
-    Raises:
-        DataError, ModelError: as in :func:`language_modeling`.
-    """
-    _check_positions(logits)
-    labels = _labels(batch, ignore_index)
-    check_labels(labels, tuple(logits.shape[:2]), logits)
-    if labels.shape[1] < 2:
-        raise DataError(
-            "A sequence of length 1 holds no next token to learn.",
-            expected="sequences of at least 2 tokens",
-            got=describe(batch),
-        )
-    # The labels are moved, not the logits: a slice of the logits would have to be copied to be flattened.
-    nexts = F.pad(labels[:, 1:].long(), (0, 1), value=ignore_index).reshape(-1)  # (B * T)
-    return logits.reshape(-1, logits.shape[-1]), nexts
-
-
-def aligned_tokens(logits: Tensor, batch: Batch, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """Return logits [B * T, V] and the labels of the same positions, [B * T].
-
-    Raises:
-        DataError, ModelError: as in :func:`masked_language_modeling`.
-    """
-    _check_positions(logits)
-    labels = target(batch)
-    check_labels(labels, tuple(logits.shape[:2]), logits)
-    return logits.reshape(-1, logits.shape[-1]), labels.long().reshape(-1)
-
-
-def _check_positions(logits: Tensor) -> None:
-    if logits.ndim != 3:
-        raise ModelError(
-            "Language modelling needs logits for every position.",
-            expected="logits [batch, positions, vocabulary]",
-            got=describe(logits),
-        )
-
-
-def _labels(batch: Batch, ignore_index: int) -> Tensor:
-    if isinstance(batch, dict):
-        if any(name in batch for name in TARGET_NAMES):
-            return target(batch)
-        _, fields = inputs(batch)
-        mask = fields.pop("attention_mask", None)
-        tokens = fields.get("input_ids", next(iter(fields.values())) if len(fields) == 1 else None)
-        if tokens is not None:
-            return cast(Tensor, tokens if mask is None else tokens.masked_fill(mask == 0, ignore_index))
-    elif isinstance(batch, Tensor):
-        return batch
-    return target(batch)

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from trainfn.batch import Batch, target
 from trainfn.errors import DataError, ModelError
-from trainfn.loss.base import Loss, LossSum, logits_of, widened
+from trainfn.loss.base import Loss, LossSum, logits_of, widened, widens
 from trainfn.loss.cross_entropy import weights_tensor
+from trainfn.loss.reading import Reading, reads
 from trainfn.tree import describe
 
 
@@ -43,14 +44,11 @@ def multi_label(*, pos_weight: Sequence[float] | Tensor | None = None, ignore_in
     """
     table = None if pos_weight is None else weights_tensor("pos_weight", pos_weight)
 
+    @widens
+    @reads(Reading("labels", ignore_index))
     def loss(outputs: Any, batch: Batch) -> LossSum:
-        logits, labels = logits_of(outputs), target(batch)
-        _check(logits, labels, table)
-        wide = widened(logits)
+        wide, labels, counted = entries(outputs, batch, ignore_index, None if table is None else table.shape[0])
         weights = None if table is None else table.to(device=wide.device, dtype=wide.dtype, non_blocking=True)
-        # A bool tensor equals no number but 0 and 1; of uint8, -100 would be 156.
-        labels = labels.to(wide.dtype)
-        counted = labels != ignore_index
         each = F.binary_cross_entropy_with_logits(
             wide, torch.where(counted, labels, 0.0), pos_weight=weights, reduction="none"
         )
@@ -60,11 +58,23 @@ def multi_label(*, pos_weight: Sequence[float] | Tensor | None = None, ignore_in
     return loss
 
 
-def _check(logits: Tensor, labels: Any, table: Tensor | None) -> None:
-    if logits.ndim != 2 or (table is not None and table.shape[0] != logits.shape[1]):
+def entries(
+    outputs: Any, batch: Batch, ignore_index: int, num_labels: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return logits [B, C] and targets [B, C], both in the dtype of the sum, and which entries count, [B, C] bool.
+
+    Raises:
+        DataError: targets that are complex or of another shape.
+        ModelError: logits that are not [B, C], or not of ``num_labels`` labels.
+
+    >>> entries(torch.zeros(1, 2), (None, torch.tensor([[1, -100]])), -100)[2]
+    tensor([[ True, False]])
+    """
+    logits, labels = logits_of(outputs), target(batch)
+    if logits.ndim != 2 or num_labels not in (None, logits.shape[1]):
         raise ModelError(
             "Multi-label classification needs a logit for each label of each example.",
-            expected=f"logits [batch, {'labels' if table is None else table.shape[0]}]",
+            expected=f"logits [batch, {'labels' if num_labels is None else num_labels}]",
             got=describe(logits),
         )
     if not isinstance(labels, Tensor) or labels.dtype.is_complex:
@@ -80,3 +90,7 @@ def _check(logits: Tensor, labels: Any, table: Tensor | None) -> None:
             got=describe(labels),
             hint='for one class index per example, loss="classification"' if labels.ndim == 1 else None,
         )
+    wide = widened(logits)
+    # A bool tensor equals no number but 0 and 1; of uint8, -100 would be 156.
+    labels = labels.to(wide.dtype)
+    return wide, labels, labels != ignore_index

@@ -1,7 +1,11 @@
-"""Losses by name: what ``fit(loss="language_modeling")`` looks up."""
+"""Losses by name: what ``fit(loss="language_modeling")`` looks up.
+
+A wrapper is called by name like a function: ``"peft_aware(language_modeling)"``, nested as deep as you like.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 
@@ -13,7 +17,10 @@ from trainfn.loss.language_modeling import language_modeling, masked_language_mo
 from trainfn.loss.multi_label import multi_label
 from trainfn.loss.regression import regression
 
+_CHUNK = 4096  # tokens: with 50,000 words, 800 MB of float32 logits; the whole of a large batch takes ten times that
+
 _LOSSES: dict[str, Callable[[], Loss]] = {
+    "chunked_language_modeling": partial(language_modeling, chunk_size=_CHUNK),
     "classification": classification,
     "distillation": distillation,
     "huber": partial(regression, kind="huber"),
@@ -33,27 +40,45 @@ def register(name: str, make: Callable[[], Loss]) -> None:
     """Make ``loss=name`` mean ``make()``, from now on in this process.
 
     Raises:
-        ConfigError: the name is taken.
+        ConfigError: the name is taken, or it holds brackets, which are for wrappers.
 
     >>> register("mean_output", lambda: lambda outputs, batch: outputs.mean())
     >>> "mean_output" in names()
     True
     """
-    if name in _LOSSES:
+    if "(" in name or ")" in name:
+        raise ConfigError("A loss cannot have brackets in its name.", got=repr(name), hint="they call wrappers")
+    if name in _LOSSES or name in wrappers():
         raise ConfigError("A loss of this name is registered already.", where=f"loss={name!r}")
     _LOSSES[name] = make
 
 
 def names() -> list[str]:
-    """Return the names of all registered losses, sorted."""
+    """Return the names of all registered losses, sorted.
+
+    >>> "mse" in names()
+    True
+    """
     return sorted(_LOSSES)
+
+
+def wrappers() -> list[str]:
+    """Return the names of the wrappers, which take a loss by name: ``"peft_aware(mse)"``.
+
+    >>> wrappers()
+    ['low_precision_safe', 'peft_aware']
+    """
+    return sorted(_wrappers())
 
 
 def resolve(loss: str | Loss) -> Loss:
     """Return the loss that a name stands for; a function is returned as it is.
 
+    Args:
+        loss: a registered name, a wrapper around one (``"peft_aware(mse)"``), or a function ``loss(outputs, batch)``.
+
     Raises:
-        ConfigError: the name is unknown (the nearest known one is given), or the value is neither.
+        ConfigError: the name is unknown (the nearest known one is given) or malformed, or the value is neither.
 
     >>> resolve("clasification")
     Traceback (most recent call last):
@@ -63,9 +88,7 @@ def resolve(loss: str | Loss) -> Loss:
       try: did you mean 'classification'?
     """
     if isinstance(loss, str):
-        if loss not in _LOSSES:
-            raise ConfigError("There is no loss of this name.", got=repr(loss), hint=suggest(loss, names()))
-        return _LOSSES[loss]()
+        return _by_name(loss)
     if not callable(loss):
         raise ConfigError(
             "The loss is neither a name nor a function.",
@@ -73,3 +96,31 @@ def resolve(loss: str | Loss) -> Loss:
             got=repr(loss),
         )
     return loss
+
+
+def _by_name(name: str) -> Loss:
+    if name in _LOSSES:
+        return _LOSSES[name]()
+    call = re.fullmatch(r"\s*(\w+)\s*\((.*)\)\s*", name)
+    if call is not None:
+        wrapper, inner = call[1], call[2].strip()
+        if wrapper not in _wrappers():
+            raise ConfigError("There is no wrapper of this name.", got=repr(name), hint=suggest(wrapper, wrappers()))
+        if inner:
+            return _wrappers()[wrapper](_by_name(inner))
+    if call is not None or "(" in name or ")" in name or name in wrappers():
+        raise ConfigError(
+            "A wrapper is called around the name of a loss.",
+            expected=f"wrapper(loss), with one of {', '.join(wrappers())} around one of {', '.join(names())}",
+            got=repr(name),
+            hint='for example loss="peft_aware(language_modeling)"',
+        )
+    raise ConfigError("There is no loss of this name.", got=repr(name), hint=suggest(name, names()))
+
+
+def _wrappers() -> dict[str, Callable[[Loss], Loss]]:
+    # Imported late, because wrappers take names too and so import this module.
+    from trainfn.loss.low_precision import low_precision_safe
+    from trainfn.loss.peft import peft_aware
+
+    return {"low_precision_safe": low_precision_safe, "peft_aware": peft_aware}

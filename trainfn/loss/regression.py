@@ -22,7 +22,8 @@ from torch import Tensor
 
 from trainfn.batch import Batch, target
 from trainfn.errors import ConfigError, DataError, ModelError, suggest
-from trainfn.loss.base import Loss, LossSum, check_number, logits_of, widened
+from trainfn.loss.base import Loss, LossSum, check_number, from_eight_bits, logits_of, widened, widens
+from trainfn.loss.reading import Reading, reads
 from trainfn.tree import describe
 
 Kind = Literal["mse", "l1", "huber"]
@@ -58,11 +59,10 @@ def regression(*, kind: Kind = "mse", delta: float = 1.0) -> Loss:
     if delta == 0:
         raise ConfigError("delta is out of range.", expected="a number > 0", got=repr(delta))
 
+    @widens
+    @reads(Reading("numbers"))
     def loss(outputs: Any, batch: Batch) -> LossSum:
-        predictions, wanted = predictions_of(outputs), target(batch)
-        _check(predictions, wanted)
-        wide = widened(predictions)
-        wanted = wanted.to(wide.dtype).reshape(wide.shape)
+        wide, wanted = predicted_and_wanted(outputs, batch)
         if kind == "mse":
             total = F.mse_loss(wide, wanted, reduction="sum")
         elif kind == "l1":
@@ -84,7 +84,7 @@ def predictions_of(outputs: Any) -> Tensor:
     tensor([1., 1.])
     """
     found = outputs.get("predictions") if isinstance(outputs, dict) else getattr(outputs, "predictions", None)
-    found = found if isinstance(found, Tensor) else logits_of(outputs)
+    found = from_eight_bits(found) if isinstance(found, Tensor) else logits_of(outputs)
     if not found.dtype.is_floating_point:
         raise ModelError(
             "The model's predictions are no floating-point numbers.",
@@ -92,6 +92,22 @@ def predictions_of(outputs: Any) -> Tensor:
             got=describe(found),
         )
     return found
+
+
+def predicted_and_wanted(outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return predictions and targets of one shape, both in the dtype of the sum.
+
+    Raises:
+        DataError, ModelError: as in :func:`regression`.
+
+    >>> predicted_and_wanted(torch.ones(2, 1), (None, torch.tensor([3, 4])))[1]
+    tensor([[3.],
+            [4.]])
+    """
+    predictions, wanted = predictions_of(outputs), target(batch)
+    _check(predictions, wanted)
+    wide = widened(predictions)
+    return wide, wanted.to(wide.dtype).reshape(wide.shape)
 
 
 def _check(predictions: Tensor, wanted: Any) -> None:

@@ -9,9 +9,12 @@
 | ``clip_by_global_norm``, ``clip_by_value``, ``adaptive_clip`` | limits on gradients |
 | ``chain`` | one Transform after another |
 | ``partition`` | another Transform for each group of parameters |
+| ``freeze`` | which parameters stay as they are |
 | ``matrices_only`` | which parameters weight decay is for |
 | ``constant``, ``linear``, ``cosine``, ``polynomial``, ``inverse_sqrt``, ``piecewise`` | schedules of one phase |
 | ``warmup_cosine``, ``warmup_linear``, ``warmup_stable_decay``, ``one_cycle`` | schedules of several phases |
+
+A hyper-parameter (``Hyper``) is a number or a schedule, of any name: rates, decay rates, weight decay, limits.
 """
 
 from trainfn.optim.adafactor import AdafactorState, adafactor
@@ -20,6 +23,7 @@ from trainfn.optim.adam import adam
 from trainfn.optim.adamw import adamw
 from trainfn.optim.clip import adaptive_clip, clip_by_global_norm, clip_by_value
 from trainfn.optim.decay import Decay, matrices_only
+from trainfn.optim.freeze import freeze
 from trainfn.optim.lamb import lamb
 from trainfn.optim.lion import LionState, lion
 from trainfn.optim.moments import AdamState
@@ -31,13 +35,15 @@ from trainfn.optim.radam import radam
 from trainfn.optim.rmsprop import RMSpropState, rmsprop
 from trainfn.optim.schedule import constant, cosine, inverse_sqrt, linear, piecewise, polynomial
 from trainfn.optim.sgd import SGDState, sgd
-from trainfn.optim.transform import Schedule, Transform, chain
+from trainfn.optim.transform import Frozen, Hyper, Schedule, Transform, chain
 
 __all__ = [
     "AdafactorState",
     "AdagradState",
     "AdamState",
     "Decay",
+    "Frozen",
+    "Hyper",
     "Labels",
     "LionState",
     "MuonState",
@@ -56,6 +62,7 @@ __all__ = [
     "clip_by_value",
     "constant",
     "cosine",
+    "freeze",
     "inverse_sqrt",
     "lamb",
     "linear",

@@ -18,10 +18,13 @@ from torch import Tensor
 
 from trainfn.optim.decay import Decay, make_shrinkage
 from trainfn.optim.schedule import as_schedule
-from trainfn.optim.settings import NON_NEGATIVE, PREDICATE, RATE, Rule, call, check
-from trainfn.optim.transform import Schedule, Transform, wide
+from trainfn.optim.settings import NON_NEGATIVE, PREDICATE, RATE, Rule, call, check, is_number, or_schedule
+from trainfn.optim.transform import Hyper, Transform, narrow, value_at, wide
 from trainfn.state import Params
 from trainfn.tree import record
+
+_DECAY_POWER = or_schedule(Rule("in [-1, 0]", lambda value: is_number(value) and -1.0 <= value <= 0.0))
+_AT_LEAST_1 = or_schedule(Rule(">= 1", lambda value: NON_NEGATIVE.holds(value) and value >= 1.0))
 
 
 @record
@@ -34,18 +37,19 @@ class AdafactorState:
 
 
 def adafactor(
-    lr: float | Schedule = 1e-2,
+    lr: Hyper = 1e-2,
     *,
-    beta2_decay: float = -0.8,
-    eps: tuple[float | None, float] = (None, 1e-3),
-    d: float = 1.0,
-    weight_decay: float = 0.0,
+    beta2_decay: Hyper = -0.8,
+    eps: tuple[Hyper | None, Hyper] = (None, 1e-3),
+    d: Hyper = 1.0,
+    weight_decay: Hyper = 0.0,
     decay: Decay | None = None,
 ) -> Transform:
     """Return Adafactor. Settings are those of ``torch.optim.Adafactor``. Not elementwise.
 
     Args:
-        lr: largest relative step, a number or a schedule of the updates applied.
+        lr: largest relative step: a number, or a schedule of the updates applied; the numbers below may be schedules
+            too.
         beta2_decay: power of t that weighs the newest square, in [-1, 0].
         eps: least root mean square of a gradient (the dtype's epsilon if None), and least root mean square that a
             parameter counts as having.
@@ -67,11 +71,11 @@ def adafactor(
         "adafactor",
         {
             "lr": (lr, RATE),
-            "beta2_decay": (beta2_decay, Rule("in [-1, 0]", lambda value: NON_NEGATIVE.holds(-value) and value >= -1)),
-            "eps[0]": (eps[0], Rule(">= 0, or None", lambda value: value is None or NON_NEGATIVE.holds(value))),
-            "eps[1]": (eps[1], NON_NEGATIVE),
-            "d": (d, Rule(">= 1", lambda value: NON_NEGATIVE.holds(value) and value >= 1.0)),
-            "weight_decay": (weight_decay, NON_NEGATIVE),
+            "beta2_decay": (beta2_decay, _DECAY_POWER),
+            "eps[0]": (eps[0], Rule(">= 0, a schedule, or None", lambda value: value is None or RATE.holds(value))),
+            "eps[1]": (eps[1], RATE),
+            "d": (d, _AT_LEAST_1),
+            "weight_decay": (weight_decay, RATE),
             "decay": (decay, PREDICATE),
         },
     )
@@ -87,24 +91,28 @@ def adafactor(
 
     def update(grads: Params, state: AdafactorState, params: Params, step: Tensor) -> tuple[Params, AdafactorState]:
         rate, t = schedule(step), wide(step) + 1.0
-        newest, relative = torch.exp(torch.log(t) * beta2_decay), torch.minimum(rate, torch.rsqrt(t))
+        shrink = shrinkage(step, rate)
+        newest = torch.exp(torch.log(t) * value_at(beta2_decay, step))
+        relative = torch.minimum(rate, torch.rsqrt(t))
+        floor = None if eps[0] is None else value_at(eps[0], step)
+        least_size, most_rms = value_at(eps[1], step), value_at(d, step)
         row, column, nu, updates = {}, {}, {}, {}
         for name, grad in grads.items():
             param, dtype = params[name], grad.dtype
-            least = torch.finfo(param.dtype).eps if eps[0] is None else eps[0]
+            least = torch.finfo(param.dtype).eps if floor is None else floor
             weight = newest.to(dtype)
             if grad.ndim >= 2:
                 row[name] = torch.lerp(state.row[name], _mean_square(grad, -1), weight)  # (..., rows, 1)
                 column[name] = torch.lerp(state.column[name], _mean_square(grad, -2), weight)  # (..., 1, columns)
-                square = row[name] * column[name] / row[name].mean(dim=-2, keepdim=True).clamp(min=least)
+                square = row[name] * column[name] / row[name].mean(dim=-2, keepdim=True).clamp(min=narrow(least, dtype))
             else:
                 square = nu[name] = torch.lerp(state.nu[name], grad * grad, weight)
-            direction = square.clamp(min=least * least).rsqrt() * grad
-            size = relative * _rms(param).clamp(min=eps[1]) / (_rms(direction) / d).clamp(min=1.0)
-            updates[name] = -(size.to(dtype) * direction + shrinkage(name, param, rate))
+            direction = square.clamp(min=narrow(least * least, dtype)).rsqrt() * grad
+            size = relative * _rms(param).clamp(min=least_size) / (_rms(direction) / most_rms).clamp(min=1.0)
+            updates[name] = -(size.to(dtype) * direction + shrink(name, param))
         return updates, AdafactorState(row=row, column=column, nu=nu)
 
-    name = call("adafactor", lr=schedule, beta2_decay=beta2_decay, eps=eps, d=d, weight_decay=weight_decay, decay=decay)
+    name = call("adafactor", lr=lr, beta2_decay=beta2_decay, eps=eps, d=d, weight_decay=weight_decay, decay=decay)
     return Transform(init, update, name, schedule)
 
 

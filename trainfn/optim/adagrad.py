@@ -16,7 +16,7 @@ from torch import Tensor
 from trainfn.optim.decay import Decay, with_l2
 from trainfn.optim.schedule import as_schedule
 from trainfn.optim.settings import NON_NEGATIVE, PREDICATE, RATE, call, check
-from trainfn.optim.transform import Schedule, Transform, wide
+from trainfn.optim.transform import Hyper, Transform, narrow, value_at, wide
 from trainfn.state import Params
 from trainfn.tree import record
 
@@ -29,22 +29,22 @@ class AdagradState:
 
 
 def adagrad(
-    lr: float | Schedule = 1e-2,
+    lr: Hyper = 1e-2,
     *,
-    lr_decay: float = 0.0,
-    eps: float = 1e-10,
-    weight_decay: float = 0.0,
+    lr_decay: Hyper = 0.0,
+    eps: Hyper = 1e-10,
+    weight_decay: Hyper = 0.0,
     initial_accumulator_value: float = 0.0,
     decay: Decay | None = None,
 ) -> Transform:
     """Return Adagrad. Defaults are those of ``torch.optim.Adagrad``.
 
     Args:
-        lr: a number, or a schedule of the updates applied.
+        lr: a number, or a schedule of the updates applied; the numbers below may be schedules too.
         lr_decay: how fast the learning rate falls, on top of ``lr``.
         eps: added to the root of the sum.
         weight_decay: added to the gradient, times the parameter.
-        initial_accumulator_value: what each sum begins with.
+        initial_accumulator_value: what each sum begins with, a number.
         decay: ``(name, param) -> bool``, which parameters are decayed; all if None.
 
     Raises:
@@ -58,9 +58,9 @@ def adagrad(
         "adagrad",
         {
             "lr": (lr, RATE),
-            "lr_decay": (lr_decay, NON_NEGATIVE),
-            "eps": (eps, NON_NEGATIVE),
-            "weight_decay": (weight_decay, NON_NEGATIVE),
+            "lr_decay": (lr_decay, RATE),
+            "eps": (eps, RATE),
+            "weight_decay": (weight_decay, RATE),
             "initial_accumulator_value": (initial_accumulator_value, NON_NEGATIVE),
             "decay": (decay, PREDICATE),
         },
@@ -68,7 +68,7 @@ def adagrad(
     schedule = as_schedule(lr)
 
     def falling(step: Tensor) -> Tensor:
-        return schedule(step) / (1.0 + wide(step) * lr_decay)
+        return schedule(step) / (1.0 + wide(step) * value_at(lr_decay, step))
 
     def init(params: Params) -> AdagradState:
         return AdagradState(
@@ -76,16 +76,16 @@ def adagrad(
         )
 
     def update(grads: Params, state: AdagradState, params: Params, step: Tensor) -> tuple[Params, AdagradState]:
-        rate = falling(step)
+        rate, least = falling(step), value_at(eps, step)
         total, updates = {}, {}
-        for name, grad in with_l2(grads, params, weight_decay, decay).items():
+        for name, grad in with_l2(grads, params, weight_decay, decay, step).items():
             total[name] = state.total[name] + grad * grad
-            updates[name] = grad / (total[name].sqrt() + eps) * -rate.to(grad.dtype)
+            updates[name] = grad / (total[name].sqrt() + narrow(least, grad.dtype)) * -rate.to(grad.dtype)
         return updates, AdagradState(total=total)
 
     name = call(
         "adagrad",
-        lr=schedule,
+        lr=lr,
         lr_decay=lr_decay,
         eps=eps,
         weight_decay=weight_decay,

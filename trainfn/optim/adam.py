@@ -10,28 +10,30 @@ References:
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
 from trainfn.optim.decay import Decay, with_l2
 from trainfn.optim.moments import AdamState, adam_direction, adam_rules, init_moments, next_moments
 from trainfn.optim.schedule import as_schedule
 from trainfn.optim.settings import call, check
-from trainfn.optim.transform import Schedule, Transform, wide
+from trainfn.optim.transform import Hyper, Transform
 from trainfn.state import Params
 
 
 def adam(
-    lr: float | Schedule = 1e-3,
+    lr: Hyper = 1e-3,
     *,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
+    betas: tuple[Hyper, Hyper] = (0.9, 0.999),
+    eps: Hyper = 1e-8,
+    weight_decay: Hyper = 0.0,
     decay: Decay | None = None,
 ) -> Transform:
     """Return Adam. Defaults are those of ``torch.optim.Adam``; for decay that does not pass the moments see ``adamw``.
 
     Args:
-        lr: a number, or a schedule of the updates applied.
+        lr: a number, or a schedule of the updates applied; the numbers below may be schedules too.
         betas: decay rates of the first and second moment, each in [0, 1).
         eps: added to the root of the second moment.
         weight_decay: added to the gradient, times the parameter.
@@ -49,8 +51,8 @@ def adam(
     schedule = as_schedule(lr)
 
     def update(grads: Params, state: AdamState, params: Params, step: Tensor) -> tuple[Params, AdamState]:
-        state = next_moments(with_l2(grads, params, weight_decay, decay), state, *betas)
-        return adam_direction(state, -schedule(step), wide(step) + 1.0, betas=betas, eps=eps), state
+        state = next_moments(with_l2(grads, params, weight_decay, decay, step), state, betas, step)
+        return adam_direction(state, -schedule(step), step, betas=betas, eps=eps), state
 
-    name = call("adam", lr=schedule, betas=betas, eps=eps, weight_decay=weight_decay, decay=decay)
-    return Transform(init_moments, update, name, schedule)
+    name = call("adam", lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, decay=decay)
+    return Transform(partial(init_moments, betas=betas), update, name, schedule)

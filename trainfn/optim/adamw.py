@@ -10,28 +10,30 @@ References:
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
 from trainfn.optim.decay import Decay, make_shrinkage
 from trainfn.optim.moments import AdamState, adam_direction, adam_rules, init_moments, next_moments
 from trainfn.optim.schedule import as_schedule
 from trainfn.optim.settings import call, check
-from trainfn.optim.transform import Schedule, Transform, wide
+from trainfn.optim.transform import Hyper, Transform
 from trainfn.state import Params
 
 
 def adamw(
-    lr: float | Schedule = 1e-3,
+    lr: Hyper = 1e-3,
     *,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 0.01,
+    betas: tuple[Hyper, Hyper] = (0.9, 0.999),
+    eps: Hyper = 1e-8,
+    weight_decay: Hyper = 0.01,
     decay: Decay | None = None,
 ) -> Transform:
     """Return AdamW. Defaults are those of ``torch.optim.AdamW``.
 
     Args:
-        lr: a number, or a schedule of the updates applied.
+        lr: a number, or a schedule of the updates applied; the numbers below may be schedules too.
         betas: decay rates of the first and second moment, each in [0, 1).
         eps: added to the root of the second moment.
         weight_decay: fraction of ``lr`` by which each parameter shrinks.
@@ -51,10 +53,11 @@ def adamw(
 
     def update(grads: Params, state: AdamState, params: Params, step: Tensor) -> tuple[Params, AdamState]:
         rate = schedule(step)
-        state = next_moments(grads, state, *betas)
-        direction = adam_direction(state, rate, wide(step) + 1.0, betas=betas, eps=eps)
-        updates = {name: -(direction[name] + shrinkage(name, params[name], rate)) for name in grads}
+        shrink = shrinkage(step, rate)
+        state = next_moments(grads, state, betas, step)
+        direction = adam_direction(state, rate, step, betas=betas, eps=eps)
+        updates = {name: -(direction[name] + shrink(name, params[name])) for name in grads}
         return updates, state
 
-    name = call("adamw", lr=schedule, betas=betas, eps=eps, weight_decay=weight_decay, decay=decay)
-    return Transform(init_moments, update, name, schedule)
+    name = call("adamw", lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, decay=decay)
+    return Transform(partial(init_moments, betas=betas), update, name, schedule)

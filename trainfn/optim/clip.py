@@ -12,65 +12,78 @@ References:
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from trainfn.errors import ConfigError
-from trainfn.optim.settings import POSITIVE, call, check
-from trainfn.optim.transform import Transform
+from trainfn.optim.settings import LIMIT, call, check, describe
+from trainfn.optim.transform import Hyper, Scalar, Transform, narrow, value_at
 from trainfn.state import Params
 from trainfn.tree import Tree, norm
 
 
-def clip_by_global_norm(max_norm: float) -> Transform:
+def clip_by_global_norm(max_norm: Hyper) -> Transform:
     """Return the Transform that scales all gradients by one factor so that their norm is at most ``max_norm``.
 
     ``make_step(clip_norm=)`` does the same with the norm it has already measured.
 
+    Args:
+        max_norm: a number > 0, or a schedule.
+
     Raises:
-        ConfigError: ``max_norm`` is not a positive number.
+        ConfigError: ``max_norm`` is neither a positive number nor a schedule.
 
     >>> clip = clip_by_global_norm(1.0)
     >>> clip.update({"w": torch.tensor([3.0, 4.0])}, clip.init({}), {}, torch.tensor(0))[0]["w"]
     tensor([0.6000, 0.8000])
     """
-    check_max_norm(max_norm)
+    check("clip_by_global_norm", {"max_norm": (max_norm, LIMIT)})
 
     def update(grads: Params, state: Tree, params: Params, step: Tensor) -> tuple[Params, Tree]:
-        factor = clip_factor(norm(grads), max_norm)
+        factor = clip_factor(norm(grads), value_at(max_norm, step))
         return {name: grad * factor.to(grad.dtype) for name, grad in grads.items()}, state
 
-    return Transform(_no_state, update, f"clip_by_global_norm({max_norm:g})")
+    written = describe(max_norm) if callable(max_norm) else f"{max_norm:g}"
+    return Transform(_no_state, update, f"clip_by_global_norm({written})")
 
 
-def clip_by_value(max_value: float) -> Transform:
+def clip_by_value(max_value: Hyper) -> Transform:
     """Return the Transform that moves every element of every gradient into [-max_value, max_value].
 
+    Args:
+        max_value: a number > 0, or a schedule.
+
     Raises:
-        ConfigError: ``max_value`` is not a positive number.
+        ConfigError: ``max_value`` is neither a positive number nor a schedule.
 
     >>> clip = clip_by_value(1.0)
     >>> clip.update({"w": torch.tensor([3.0, -0.5])}, clip.init({}), {}, torch.tensor(0))[0]["w"]
     tensor([ 1.0000, -0.5000])
     """
-    check("clip_by_value", {"max_value": (max_value, POSITIVE)})
+    check("clip_by_value", {"max_value": (max_value, LIMIT)})
 
     def update(grads: Params, state: Tree, params: Params, step: Tensor) -> tuple[Params, Tree]:
-        return {name: grad.clamp(-max_value, max_value) for name, grad in grads.items()}, state
+        most = value_at(max_value, step)
+        clipped = {}
+        for name, grad in grads.items():
+            limit: Any = narrow(most, grad.dtype)  # two numbers or two tensors, which no overload of clamp can say
+            clipped[name] = grad.clamp(-limit, limit)
+        return clipped, state
 
     return Transform(_no_state, update, call("clip_by_value", max_value))
 
 
-def adaptive_clip(max_ratio: float = 0.01, *, eps: float = 1e-3) -> Transform:
+def adaptive_clip(max_ratio: Hyper = 0.01, *, eps: Hyper = 1e-3) -> Transform:
     """Return the Transform that keeps each unit's gradient small against its weights. Not elementwise.
 
     A unit is what lies along the first dimension, such as a linear layer's row or a convolution's filter; a tensor of
     one dimension or none is one unit.
 
     Args:
-        max_ratio: largest norm of a unit's gradient, as a fraction of the norm of its weights.
-        eps: least norm that a unit's weights count as having, so that zeros can move.
+        max_ratio: largest norm of a unit's gradient, as a fraction of the norm of its weights; a number or a schedule.
+        eps: least norm that a unit's weights count as having, so that zeros can move; a number or a schedule.
 
     Raises:
         ConfigError: a setting is out of range; all that are, together.
@@ -82,19 +95,21 @@ def adaptive_clip(max_ratio: float = 0.01, *, eps: float = 1e-3) -> Transform:
     tensor([[0.3000, 0.4000],
             [0.1000, 0.0000]])
     """
-    check("adaptive_clip", {"max_ratio": (max_ratio, POSITIVE), "eps": (eps, POSITIVE)})
+    check("adaptive_clip", {"max_ratio": (max_ratio, LIMIT), "eps": (eps, LIMIT)})
 
     def update(grads: Params, state: Tree, params: Params, step: Tensor) -> tuple[Params, Tree]:
+        ratio, least = value_at(max_ratio, step), value_at(eps, step)
         clipped = {}
         for name, grad in grads.items():
-            most = max_ratio * _unit_norms(params[name]).clamp(min=eps)
+            dtype = grad.dtype
+            most = narrow(ratio, dtype) * _unit_norms(params[name]).clamp(min=narrow(least, dtype))
             clipped[name] = grad * torch.clamp(most / _unit_norms(grad), max=1.0)
         return clipped, state
 
     return Transform(_no_state, update, call("adaptive_clip", max_ratio, eps=eps))
 
 
-def clip_factor(grad_norm: Tensor, max_norm: float) -> Tensor:
+def clip_factor(grad_norm: Tensor, max_norm: Scalar) -> Tensor:
     """Return ``min(1, max_norm / grad_norm)``, [] in the norm's dtype; 1 for a norm of 0."""
     return torch.clamp(max_norm / grad_norm, max=1.0)
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from trainfn.optim.transform import Hyper, narrow, value_at
 from trainfn.state import Params
 
 Decay = Callable[[str, Tensor], bool]
@@ -29,22 +30,30 @@ def matrices_only(name: str, param: Tensor) -> bool:
     return param.ndim >= 2
 
 
-def make_shrinkage(weight_decay: float, decay: Decay | None) -> Callable[[str, Tensor, Tensor], Tensor | float]:
-    """Return ``(name, param, rate) -> rate weight_decay param``, or 0 for what is not decayed."""
+def make_shrinkage(
+    weight_decay: Hyper, decay: Decay | None
+) -> Callable[[Tensor, Tensor], Callable[[str, Tensor], Tensor | float]]:
+    """Return ``(step, rate) -> (name, param) -> rate weight_decay param``, or 0 for what is not decayed."""
 
-    def shrinkage(name: str, param: Tensor, rate: Tensor) -> Tensor | float:
-        if not weight_decay or (decay is not None and not decay(name, param)):
-            return 0.0
-        return (rate * weight_decay).to(param.dtype) * param
+    def at(step: Tensor, rate: Tensor) -> Callable[[str, Tensor], Tensor | float]:
+        share = rate * value_at(weight_decay, step)
 
-    return shrinkage
+        def shrinkage(name: str, param: Tensor) -> Tensor | float:
+            if not weight_decay or (decay is not None and not decay(name, param)):
+                return 0.0
+            return share.to(param.dtype) * param
+
+        return shrinkage
+
+    return at
 
 
-def with_l2(grads: Params, params: Params, weight_decay: float, decay: Decay | None) -> Params:
+def with_l2(grads: Params, params: Params, weight_decay: Hyper, decay: Decay | None, step: Tensor) -> Params:
     """Return the gradients of the loss plus ``weight_decay / 2`` times the squared 2-norm of what is decayed."""
     if not weight_decay:
         return grads
+    share = value_at(weight_decay, step)
     return {
-        name: grad + weight_decay * params[name] if decay is None or decay(name, params[name]) else grad
+        name: grad + narrow(share, grad.dtype) * params[name] if decay is None or decay(name, params[name]) else grad
         for name, grad in grads.items()
     }

@@ -9,6 +9,8 @@ References:
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -16,22 +18,23 @@ from trainfn.optim.decay import Decay, make_shrinkage
 from trainfn.optim.moments import AdamState, adam_direction, adam_rules, init_moments, next_moments
 from trainfn.optim.schedule import as_schedule
 from trainfn.optim.settings import call, check
-from trainfn.optim.transform import Schedule, Transform, wide
+from trainfn.optim.transform import Hyper, Transform, wide
 from trainfn.state import Params
 
 
 def lamb(
-    lr: float | Schedule = 1e-3,
+    lr: Hyper = 1e-3,
     *,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-6,
-    weight_decay: float = 0.01,
+    betas: tuple[Hyper, Hyper] = (0.9, 0.999),
+    eps: Hyper = 1e-6,
+    weight_decay: Hyper = 0.01,
     decay: Decay | None = None,
 ) -> Transform:
     """Return LAMB. Not elementwise: the norms are those of one parameter each.
 
     Args:
-        lr: a number, or a schedule of the updates applied: the step's length as a fraction of the parameter's.
+        lr: a number, or a schedule of the updates applied, as may be the numbers below: the step's length as a fraction
+            of the parameter's.
         betas: decay rates of the first and second moment, each in [0, 1).
         eps: added to the root of the second moment.
         weight_decay: share of the parameter in the direction of the step.
@@ -49,16 +52,18 @@ def lamb(
     schedule, shrinkage = as_schedule(lr), make_shrinkage(weight_decay, decay)
 
     def update(grads: Params, state: AdamState, params: Params, step: Tensor) -> tuple[Params, AdamState]:
-        rate, t = schedule(step), wide(step) + 1.0
-        state = next_moments(grads, state, *betas)
-        one, updates = torch.ones_like(t), {}
-        for name, adapted in adam_direction(state, one, t, betas=betas, eps=eps).items():
-            direction = adapted + shrinkage(name, params[name], one)
+        rate = schedule(step)
+        one = torch.ones_like(wide(step))
+        shrink = shrinkage(step, one)
+        state = next_moments(grads, state, betas, step)
+        updates = {}
+        for name, adapted in adam_direction(state, one, step, betas=betas, eps=eps).items():
+            direction = adapted + shrink(name, params[name])
             updates[name] = direction * -(rate * _trust(params[name], direction)).to(direction.dtype)
         return updates, state
 
-    name = call("lamb", lr=schedule, betas=betas, eps=eps, weight_decay=weight_decay, decay=decay)
-    return Transform(init_moments, update, name, schedule)
+    name = call("lamb", lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, decay=decay)
+    return Transform(partial(init_moments, betas=betas), update, name, schedule)
 
 
 def _trust(param: Tensor, direction: Tensor) -> Tensor:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from trainfn.optim.decay import Decay, make_shrinkage
-from trainfn.optim.moments import zeros
+from trainfn.optim.moments import next_mean, zeros
 from trainfn.optim.schedule import as_schedule
-from trainfn.optim.settings import FRACTION, NON_NEGATIVE, PREDICATE, RATE, call, check
-from trainfn.optim.transform import Schedule, Transform
+from trainfn.optim.settings import PREDICATE, RATE, SHARE, call, check
+from trainfn.optim.transform import Hyper, Transform, value_at
 from trainfn.state import Params
 from trainfn.tree import record
 
@@ -28,16 +28,16 @@ class LionState:
 
 
 def lion(
-    lr: float | Schedule = 1e-4,
+    lr: Hyper = 1e-4,
     *,
-    betas: tuple[float, float] = (0.9, 0.99),
-    weight_decay: float = 0.0,
+    betas: tuple[Hyper, Hyper] = (0.9, 0.99),
+    weight_decay: Hyper = 0.0,
     decay: Decay | None = None,
 ) -> Transform:
     """Return Lion. Every element moves by ``lr``: use 3 to 10 times less of it than with AdamW, and as much more decay.
 
     Args:
-        lr: a number, or a schedule of the updates applied.
+        lr: a number, or a schedule of the updates applied; the numbers below may be schedules too.
         betas: share of the momentum in the step taken, and in the next momentum, each in [0, 1).
         weight_decay: fraction of ``lr`` by which each parameter shrinks.
         decay: ``(name, param) -> bool``, which parameters shrink; all if None.
@@ -54,9 +54,9 @@ def lion(
         "lion",
         {
             "lr": (lr, RATE),
-            "betas[0]": (betas[0], FRACTION),
-            "betas[1]": (betas[1], FRACTION),
-            "weight_decay": (weight_decay, NON_NEGATIVE),
+            "betas[0]": (betas[0], SHARE),
+            "betas[1]": (betas[1], SHARE),
+            "weight_decay": (weight_decay, RATE),
             "decay": (decay, PREDICATE),
         },
     )
@@ -67,12 +67,14 @@ def lion(
 
     def update(grads: Params, state: LionState, params: Params, step: Tensor) -> tuple[Params, LionState]:
         rate = schedule(step)
+        shrink = shrinkage(step, rate)
+        beta1, beta2 = value_at(betas[0], step), value_at(betas[1], step)
         updates, mu = {}, {}
         for name, grad in grads.items():
-            sign = torch.sign(torch.lerp(state.mu[name], grad, 1.0 - betas[0]))
-            updates[name] = -(rate.to(grad.dtype) * sign + shrinkage(name, params[name], rate))
-            mu[name] = torch.lerp(state.mu[name], grad, 1.0 - betas[1])
+            sign = torch.sign(next_mean(state.mu[name], grad, beta1))
+            updates[name] = -(rate.to(grad.dtype) * sign + shrink(name, params[name]))
+            mu[name] = next_mean(state.mu[name], grad, beta2)
         return updates, LionState(mu=mu)
 
-    name = call("lion", lr=schedule, betas=betas, weight_decay=weight_decay, decay=decay)
+    name = call("lion", lr=lr, betas=betas, weight_decay=weight_decay, decay=decay)
     return Transform(init, update, name, schedule)

@@ -20,16 +20,17 @@ from torch import Tensor
 
 from trainfn.errors import ConfigError
 from trainfn.optim.decay import Decay, make_shrinkage
-from trainfn.optim.moments import zeros
+from trainfn.optim.moments import next_mean, zeros
 from trainfn.optim.schedule import as_schedule
-from trainfn.optim.settings import FRACTION, NON_NEGATIVE, PREDICATE, RATE, Rule, call, check, one_of
-from trainfn.optim.transform import Schedule, Transform
+from trainfn.optim.settings import PREDICATE, RATE, SHARE, Rule, call, check, is_number, one_of
+from trainfn.optim.transform import Hyper, Scalar, Transform, narrow, value_at
 from trainfn.state import Params
 from trainfn.tree import record
 
 Scaling = Literal["original", "match_rms_adamw"]
 
 _MOST_STEPS = 99  # as torch.optim.Muon
+_THREE_NUMBERS = Rule("three numbers", lambda value: len(value) == 3 and all(map(is_number, value)))
 
 
 @record
@@ -40,13 +41,13 @@ class MuonState:
 
 
 def muon(
-    lr: float | Schedule = 1e-3,
+    lr: Hyper = 1e-3,
     *,
-    weight_decay: float = 0.1,
-    momentum: float = 0.95,
+    weight_decay: Hyper = 0.1,
+    momentum: Hyper = 0.95,
     nesterov: bool = True,
     ns_coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315),
-    eps: float = 1e-7,
+    eps: Hyper = 1e-7,
     ns_steps: int = 5,
     adjust_lr: Scaling = "original",
     decay: Decay | None = None,
@@ -57,11 +58,11 @@ def muon(
     norms another optimizer.
 
     Args:
-        lr: a number, or a schedule of the updates applied.
+        lr: a number, or a schedule of the updates applied; the numbers below may be schedules too.
         weight_decay: fraction of ``lr`` by which each parameter shrinks.
         momentum: decay rate of the buffer, in [0, 1).
         nesterov: look ahead along the buffer.
-        ns_coefficients: a, b and c of the Newton-Schulz iteration.
+        ns_coefficients: a, b and c of the Newton-Schulz iteration, three numbers.
         eps: least norm that the iteration divides by.
         ns_steps: iterations.
         adjust_lr: ``"original"`` scales by sqrt(max(1, rows / columns)), ``"match_rms_adamw"`` by
@@ -89,10 +90,10 @@ def muon(
         "muon",
         {
             "lr": (lr, RATE),
-            "weight_decay": (weight_decay, NON_NEGATIVE),
-            "momentum": (momentum, FRACTION),
-            "ns_coefficients": (ns_coefficients, Rule("three numbers", lambda value: len(value) == 3)),
-            "eps": (eps, NON_NEGATIVE),
+            "weight_decay": (weight_decay, RATE),
+            "momentum": (momentum, SHARE),
+            "ns_coefficients": (ns_coefficients, _THREE_NUMBERS),
+            "eps": (eps, RATE),
             "ns_steps": (
                 ns_steps,
                 Rule(
@@ -110,19 +111,20 @@ def muon(
         return MuonState(momentum=zeros(params))
 
     def update(grads: Params, state: MuonState, params: Params, step: Tensor) -> tuple[Params, MuonState]:
-        rate = schedule(step)
+        rate, least, kept = schedule(step), value_at(eps, step), value_at(momentum, step)
+        shrink = shrinkage(step, rate)
         updates, buffers = {}, {}
         for name, grad in grads.items():
-            buffers[name] = torch.lerp(state.momentum[name], grad, 1.0 - momentum)
-            ahead = torch.lerp(grad, buffers[name], momentum) if nesterov else buffers[name]
-            direction = _orthogonalize(ahead, ns_coefficients, ns_steps, eps).to(grad.dtype)
+            buffers[name] = next_mean(state.momentum[name], grad, kept)
+            ahead = torch.lerp(grad, buffers[name], narrow(kept, grad.dtype)) if nesterov else buffers[name]
+            direction = _orthogonalize(ahead, ns_coefficients, ns_steps, least).to(grad.dtype)
             size = (rate * _scale(grad, adjust_lr)).to(grad.dtype)
-            updates[name] = -(size * direction + shrinkage(name, params[name], rate))
+            updates[name] = -(size * direction + shrink(name, params[name]))
         return updates, MuonState(momentum=buffers)
 
     name = call(
         "muon",
-        lr=schedule,
+        lr=lr,
         weight_decay=weight_decay,
         momentum=momentum,
         nesterov=nesterov,
@@ -135,12 +137,12 @@ def muon(
     return Transform(init, update, name, schedule)
 
 
-def _orthogonalize(matrix: Tensor, coefficients: tuple[float, float, float], num_steps: int, eps: float) -> Tensor:
+def _orthogonalize(matrix: Tensor, coefficients: tuple[float, float, float], num_steps: int, eps: Scalar) -> Tensor:
     """Return ``matrix`` with its singular values moved to about [0.7, 1.2], in bfloat16, by products alone."""
     a, b, c = coefficients
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.bfloat16().T if tall else matrix.bfloat16()  # (short, long): the smaller of the two Gram matrices
-    x = x / x.norm().clamp(min=eps)
+    x = x / x.norm().clamp(min=narrow(eps, x.dtype))
     for _ in range(num_steps):
         gram = x @ x.T  # (short, short)
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)

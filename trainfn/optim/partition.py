@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trainfn.errors import ConfigError
 from trainfn.optim.settings import describe
-from trainfn.optim.transform import Transform
+from trainfn.optim.transform import Transform, keep_frozen
 from trainfn.state import Params
 from trainfn.tree import Tree
 
@@ -22,6 +22,8 @@ Labels = Callable[[str, Tensor], str]
 
 def partition(labels: Labels, transforms: Mapping[str, Transform]) -> Transform:
     """Apply to each parameter the Transform of its label. The learning rate reported is that of the first Transform.
+
+    A Transform freezes among the parameters of its own label, ``freeze`` in place of an optimizer included.
 
     Args:
         labels: ``(name, param) -> label``; the same for one name at every step.
@@ -59,9 +61,15 @@ def partition(labels: Labels, transforms: Mapping[str, Transform]) -> Transform:
             updates.update(changed)
         return {name: updates[name] for name in grads}, new
 
+    def frozen(name: str, param: Tensor) -> bool:
+        own = transforms.get(labels(name, param))  # a label without a Transform is for init to report
+        return own is not None and own.frozen is not None and own.frozen(name, param)
+
+    some = any(transform.frozen is not None for transform in transforms.values())
     parts = ", ".join(f"{label!r}: {transform.name}" for label, transform in transforms.items())
     name = f"partition({describe(labels)}, {{{parts}}})"
-    return Transform(init, update, name, next(iter(transforms.values())).lr)
+    lr = next(iter(transforms.values())).lr
+    return keep_frozen(Transform(init, update, name, lr, frozen if some else None))
 
 
 def _groups(labels: Labels, transforms: Mapping[str, Transform], params: Params) -> dict[str, Params]:

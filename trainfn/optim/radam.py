@@ -5,6 +5,10 @@
     update = - lr m / (1 - b1^t) * (q / (sqrt(v) + eps) if r > 5 else 1)
     q = sqrt((1 - b2^t) (r - 4) (r - 2) R / ((R - 4) (R - 2) r))
 
+That r is 1 + 2 a, with a the mean age of the squares in v, as they are weighted. Where b2 is a schedule, a is carried
+along, 1 - b2^t is what the weights sum to, and R is the larger of r and 2 / (1 - b2) - 1: an average that b2 has left
+longer than it would make it needs no correction.
+
 References:
     L. Liu et al., "On the Variance of the Adaptive Learning Rate and Beyond", arXiv:1908.03265, 2020.
 """
@@ -15,26 +19,35 @@ import torch
 from torch import Tensor
 
 from trainfn.optim.decay import Decay, make_shrinkage, with_l2
-from trainfn.optim.moments import AdamState, adam_rules, init_moments, next_moments, one_minus_power, power
+from trainfn.optim.moments import (
+    AdamState,
+    adam_rules,
+    init_moments,
+    next_moments,
+    power,
+    sum_of_weights,
+    zero_like_step,
+)
 from trainfn.optim.schedule import as_schedule
 from trainfn.optim.settings import call, check
-from trainfn.optim.transform import Schedule, Transform, wide
+from trainfn.optim.transform import Hyper, Scalar, Transform, narrow, value_at, wide
 from trainfn.state import Params
+from trainfn.tree import evolve
 
 
 def radam(
-    lr: float | Schedule = 1e-3,
+    lr: Hyper = 1e-3,
     *,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
+    betas: tuple[Hyper, Hyper] = (0.9, 0.999),
+    eps: Hyper = 1e-8,
+    weight_decay: Hyper = 0.0,
     decoupled_weight_decay: bool = False,
     decay: Decay | None = None,
 ) -> Transform:
     """Return RAdam. Defaults are those of ``torch.optim.RAdam``.
 
     Args:
-        lr: a number, or a schedule of the updates applied.
+        lr: a number, or a schedule of the updates applied; the numbers below may be schedules too.
         betas: decay rates of the first and second moment, each in [0, 1).
         eps: added to the root of the second moment.
         weight_decay: added to the gradient, times the parameter; or as in AdamW, see below.
@@ -53,35 +66,46 @@ def radam(
     l2, decoupled = (0.0, weight_decay) if decoupled_weight_decay else (weight_decay, 0.0)
     shrinkage = make_shrinkage(decoupled, decay)
 
+    def init(params: Params) -> AdamState:
+        moments = init_moments(params, betas)
+        return evolve(moments, nu_age=zero_like_step(params)) if callable(betas[1]) else moments
+
     def update(grads: Params, state: AdamState, params: Params, step: Tensor) -> tuple[Params, AdamState]:
-        rate, t = schedule(step), wide(step) + 1.0
-        state = next_moments(with_l2(grads, params, l2, decay), state, *betas)
-        size1 = rate / one_minus_power(betas[0], t)
-        rectified, factor = _rectification(betas[1], t)
+        rate, least = schedule(step), value_at(eps, step)
+        shrink = shrinkage(step, rate)
+        state = next_moments(with_l2(grads, params, l2, decay, step), state, betas, step)
+        size1 = rate / sum_of_weights(state.mu_weight, betas[0], step)
+        rectified, factor = _rectification(state, betas[1], step)
         updates = {}
         for name, mu in state.mu.items():
-            adaptive = factor.to(mu.dtype) / (state.nu[name].sqrt() + eps)
+            adaptive = factor.to(mu.dtype) / (state.nu[name].sqrt() + narrow(least, mu.dtype))
             scale = torch.where(rectified, adaptive, 1.0)
-            updates[name] = -(size1.to(mu.dtype) * (mu * scale) + shrinkage(name, params[name], rate))
+            updates[name] = -(size1.to(mu.dtype) * (mu * scale) + shrink(name, params[name]))
         return updates, state
 
     name = call(
         "radam",
-        lr=schedule,
+        lr=lr,
         betas=betas,
         eps=eps,
         weight_decay=weight_decay,
         decoupled_weight_decay=decoupled_weight_decay,
         decay=decay,
     )
-    return Transform(init_moments, update, name, schedule)
+    return Transform(init, update, name, schedule)
 
 
-def _rectification(beta2: float, t: Tensor) -> tuple[Tensor, Tensor]:
+def _rectification(state: AdamState, beta2: Hyper, step: Tensor) -> tuple[Tensor, Tensor]:
     """Return whether r > 5, [] bool, and the factor q, [] float64, which means something only then."""
-    most = 2.0 / (1.0 - beta2) - 1.0
-    corrected = one_minus_power(beta2, t)
-    length = most - 2.0 * t * power(beta2, t) / corrected
-    most = max(most, 5.0)  # r <= R: where R <= 5 nothing is ever rectified, and R = 4 must not divide by 0
+    corrected = sum_of_weights(state.nu_weight, beta2, step)
+    # r <= R: where R <= 5 nothing is ever rectified, and R = 4 must not divide by 0.
+    if callable(beta2):
+        assert state.nu_age is not None, "a scheduled second decay rate carries the age of its squares"
+        length = 1.0 + 2.0 * state.nu_age / corrected
+        most: Scalar = torch.maximum(2.0 / (1.0 - beta2(step)) - 1.0, length).clamp(min=5.0)
+    else:
+        t, limit = wide(step) + 1.0, 2.0 / (1.0 - beta2) - 1.0
+        length = limit - 2.0 * t * power(beta2, t) / corrected
+        most = max(limit, 5.0)
     squared = corrected * (length - 4.0) * (length - 2.0) * most / ((most - 4.0) * (most - 2.0) * length)
     return length > 5.0, torch.where(length > 5.0, squared, 1.0).sqrt()

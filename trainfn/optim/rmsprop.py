@@ -11,14 +11,13 @@ References:
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from trainfn.optim.decay import Decay, with_l2
-from trainfn.optim.moments import next_square, zeros
+from trainfn.optim.moments import next_mean, next_square, zeros
 from trainfn.optim.schedule import as_schedule
-from trainfn.optim.settings import FRACTION, NON_NEGATIVE, PREDICATE, RATE, call, check
-from trainfn.optim.transform import Schedule, Transform
+from trainfn.optim.settings import PREDICATE, RATE, SHARE, call, check
+from trainfn.optim.transform import Hyper, Transform, narrow, value_at
 from trainfn.state import Params
 from trainfn.tree import record
 
@@ -33,19 +32,19 @@ class RMSpropState:
 
 
 def rmsprop(
-    lr: float | Schedule = 1e-2,
+    lr: Hyper = 1e-2,
     *,
-    alpha: float = 0.99,
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-    momentum: float = 0.0,
+    alpha: Hyper = 0.99,
+    eps: Hyper = 1e-8,
+    weight_decay: Hyper = 0.0,
+    momentum: Hyper = 0.0,
     centered: bool = False,
     decay: Decay | None = None,
 ) -> Transform:
     """Return RMSprop. Defaults are those of ``torch.optim.RMSprop``.
 
     Args:
-        lr: a number, or a schedule of the updates applied.
+        lr: a number, or a schedule of the updates applied; the numbers below may be schedules too.
         alpha: decay rate of the mean square, in [0, 1).
         eps: added to its root.
         weight_decay: added to the gradient, times the parameter.
@@ -56,6 +55,7 @@ def rmsprop(
     Raises:
         ConfigError: a setting is out of range; all that are, together.
 
+    >>> import torch
     >>> optimizer, params = rmsprop(lr=0.1), {"w": torch.ones(1)}
     >>> optimizer.update({"w": torch.ones(1)}, optimizer.init(params), params, torch.tensor(0))[0]["w"]
     tensor([-1.0000])
@@ -64,10 +64,10 @@ def rmsprop(
         "rmsprop",
         {
             "lr": (lr, RATE),
-            "alpha": (alpha, FRACTION),
-            "eps": (eps, NON_NEGATIVE),
-            "weight_decay": (weight_decay, NON_NEGATIVE),
-            "momentum": (momentum, FRACTION),
+            "alpha": (alpha, SHARE),
+            "eps": (eps, RATE),
+            "weight_decay": (weight_decay, RATE),
+            "momentum": (momentum, SHARE),
             "decay": (decay, PREDICATE),
         },
     )
@@ -79,23 +79,24 @@ def rmsprop(
         )
 
     def update(grads: Params, state: RMSpropState, params: Params, step: Tensor) -> tuple[Params, RMSpropState]:
-        rate = schedule(step)
+        rate, least = schedule(step), value_at(eps, step)
+        memory, kept = value_at(alpha, step), value_at(momentum, step)
         nu, mu, buffers, updates = {}, {}, {}, {}
-        for name, grad in with_l2(grads, params, weight_decay, decay).items():
-            spread = nu[name] = next_square(state.nu[name], grad, alpha)
+        for name, grad in with_l2(grads, params, weight_decay, decay, step).items():
+            spread = nu[name] = next_square(state.nu[name], grad, memory)
             if centered:
-                mu[name] = torch.lerp(state.mu[name], grad, 1.0 - alpha)
+                mu[name] = next_mean(state.mu[name], grad, memory)
                 # A variance; rounding takes that of a constant gradient below 0, and its root would be NaN.
                 spread = (spread - mu[name] * mu[name]).clamp(min=0.0)
-            direction = grad / (spread.sqrt() + eps)
+            direction = grad / (spread.sqrt() + narrow(least, grad.dtype))
             if momentum:
-                direction = buffers[name] = state.momentum[name] * momentum + direction
+                direction = buffers[name] = state.momentum[name] * narrow(kept, grad.dtype) + direction
             updates[name] = direction * -rate.to(grad.dtype)
         return updates, RMSpropState(nu=nu, mu=mu, momentum=buffers)
 
     name = call(
         "rmsprop",
-        lr=schedule,
+        lr=lr,
         alpha=alpha,
         eps=eps,
         weight_decay=weight_decay,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from trainfn.errors import ConfigError
 from trainfn.optim.settings import COUNT, NON_NEGATIVE, POSITIVE, POSITIVE_COUNT, call, check
-from trainfn.optim.transform import Schedule, wide
+from trainfn.optim.transform import Hyper, Schedule, wide
 
 
 class Named:
@@ -45,7 +45,7 @@ def constant(value: float) -> Schedule:
     0.25
     """
     check("constant", {"value": (value, NON_NEGATIVE)})
-    return Named(lambda step: torch.full_like(wide(step), value), f"{value}")
+    return Named(lambda step: torch.full_like(wide(step), value), call("constant", value))
 
 
 def linear(start: float, end: float, *, total: int) -> Schedule:
@@ -172,7 +172,7 @@ def piecewise(values: Sequence[float], *, boundaries: Sequence[int]) -> Schedule
     return Named(schedule, call("piecewise", values, boundaries=boundaries))
 
 
-def as_schedule(value: float | Schedule) -> Schedule:
+def as_schedule(value: Hyper) -> Schedule:
     """Return ``value`` if it is a schedule, else the constant schedule of that number."""
     return value if callable(value) else constant(value)
 

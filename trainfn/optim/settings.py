@@ -63,8 +63,30 @@ def call(builder: str, *values: Any, **settings: Any) -> str:
 
 
 def describe(value: Any) -> str:
-    """Return a function's qualified name, and the ``repr`` of anything else."""
+    """Return a function's qualified name, and the ``repr`` of anything else; a tuple's entries one by one.
+
+    NumPy's float64 is written as the float that it is.
+
+    >>> describe((0.9, max, None))
+    '(0.9, max, None)'
+    """
+    if isinstance(value, tuple):
+        return f"({', '.join(map(describe, value))}{',' if len(value) == 1 else ''})"
+    if isinstance(value, float):
+        return float.__repr__(value)
     return getattr(value, "__qualname__", None) or repr(value)
+
+
+def or_schedule(rule: Rule) -> Rule:
+    """Return the rule for a hyper-parameter that may change: a number that obeys ``rule``, or a schedule.
+
+    What a schedule returns is a tensor of the step, and is not checked.
+
+    >>> rule = or_schedule(FRACTION)
+    >>> rule.words, rule.holds(0.9), rule.holds(1.0), rule.holds(lambda step: step / 10)
+    ('in [0, 1), or a schedule', True, False, True)
+    """
+    return Rule(f"{rule.words}, or a schedule", lambda value: callable(value) or rule.holds(value))
 
 
 def one_of(*choices: str) -> Rule:
@@ -72,7 +94,12 @@ def one_of(*choices: str) -> Rule:
     return Rule(f"one of {', '.join(map(repr, choices))}", lambda value: value in choices)
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Return whether ``value`` is a real number and no bool.
+
+    >>> is_number(1), is_number(0.5), is_number(True), is_number("1")
+    (True, True, False, False)
+    """
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
@@ -80,10 +107,13 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-NON_NEGATIVE = Rule(">= 0", lambda value: _is_number(value) and 0.0 <= value < math.inf)
-POSITIVE = Rule("> 0", lambda value: _is_number(value) and 0.0 < value < math.inf)
-FRACTION = Rule("in [0, 1)", lambda value: _is_number(value) and 0.0 <= value < 1.0)
-RATE = Rule(">= 0, or a schedule", lambda value: callable(value) or NON_NEGATIVE.holds(value))
+NON_NEGATIVE = Rule(">= 0", lambda value: is_number(value) and 0.0 <= value < math.inf)
+POSITIVE = Rule("> 0", lambda value: is_number(value) and 0.0 < value < math.inf)
+FRACTION = Rule("in [0, 1)", lambda value: is_number(value) and 0.0 <= value < 1.0)
 COUNT = Rule("an int >= 0", lambda value: _is_count(value) and value >= 0)
 POSITIVE_COUNT = Rule("an int >= 1", lambda value: _is_count(value) and value >= 1)
+# The ranges of hyper-parameters, which may be schedules.
+RATE = or_schedule(NON_NEGATIVE)
+LIMIT = or_schedule(POSITIVE)
+SHARE = or_schedule(FRACTION)
 PREDICATE = Rule("a function of (name, parameter), or None", lambda value: value is None or callable(value))

@@ -14,8 +14,8 @@ from torch import Tensor
 from trainfn.optim.decay import Decay, with_l2
 from trainfn.optim.moments import zeros
 from trainfn.optim.schedule import as_schedule
-from trainfn.optim.settings import FRACTION, NON_NEGATIVE, PREDICATE, RATE, Rule, call, check
-from trainfn.optim.transform import Schedule, Transform
+from trainfn.optim.settings import PREDICATE, RATE, SHARE, Rule, call, check
+from trainfn.optim.transform import Hyper, Transform, narrow, value_at
 from trainfn.state import Params
 from trainfn.tree import record
 
@@ -28,17 +28,17 @@ class SGDState:
 
 
 def sgd(
-    lr: float | Schedule,
+    lr: Hyper,
     *,
-    momentum: float = 0.0,
+    momentum: Hyper = 0.0,
     nesterov: bool = False,
-    weight_decay: float = 0.0,
+    weight_decay: Hyper = 0.0,
     decay: Decay | None = None,
 ) -> Transform:
     """Return SGD, as ``torch.optim.SGD`` without dampening.
 
     Args:
-        lr: a number, or a schedule of the updates applied.
+        lr: a number, or a schedule of the updates applied; the numbers below may be schedules too.
         momentum: decay rate of the buffer, in [0, 1).
         nesterov: look ahead along the buffer.
         weight_decay: added to the gradient, times the parameter (L2, not decoupled).
@@ -56,9 +56,9 @@ def sgd(
         "sgd",
         {
             "lr": (lr, RATE),
-            "momentum": (momentum, FRACTION),
+            "momentum": (momentum, SHARE),
             "nesterov": (nesterov, Rule("with a momentum above 0 only", lambda value: not value or momentum != 0.0)),
-            "weight_decay": (weight_decay, NON_NEGATIVE),
+            "weight_decay": (weight_decay, RATE),
             "decay": (decay, PREDICATE),
         },
     )
@@ -68,14 +68,15 @@ def sgd(
         return SGDState(momentum=zeros(params) if momentum else {})
 
     def update(grads: Params, state: SGDState, params: Params, step: Tensor) -> tuple[Params, SGDState]:
-        rate = schedule(step)
+        rate, kept = schedule(step), value_at(momentum, step)
         updates, buffers = {}, {}
-        for name, direction in with_l2(grads, params, weight_decay, decay).items():
+        for name, direction in with_l2(grads, params, weight_decay, decay, step).items():
             if momentum:
-                buffers[name] = state.momentum[name] * momentum + direction
-                direction = direction + momentum * buffers[name] if nesterov else buffers[name]
+                share = narrow(kept, direction.dtype)
+                buffers[name] = state.momentum[name] * share + direction
+                direction = direction + share * buffers[name] if nesterov else buffers[name]
             updates[name] = direction * -rate.to(direction.dtype)
         return updates, SGDState(momentum=buffers)
 
-    name = call("sgd", lr=schedule, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, decay=decay)
+    name = call("sgd", lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, decay=decay)
     return Transform(init, update, name, schedule)

@@ -3,6 +3,8 @@
 | file | what it is |
 |---|---|
 | ``checkpoint`` | ``save``, ``load``, ``restore``, ``verify``, ``steps``: a state as a verified step directory |
+| ``capsule`` | ``save_capsule``, ``load_capsule``, ``read_notes``: one step to take, with its batch, as evidence |
+| ``sealed`` | what the two share: a directory whose manifest vouches for its files |
 | ``manifest`` | ``Manifest``: what is known about a checkpoint, as JSON that protects itself |
 | ``tensors`` | named tensors as safetensors bytes, and the checks before they are believed |
 | ``history`` | ``History``, ``rows``, ``cut``: one JSON object per line |
@@ -10,12 +12,14 @@
 | ``disk`` | regular files only; written, fsynced, renamed, fsynced |
 """
 
+from trainfn.store.capsule import Capsule, load_capsule, read_notes, save_capsule
 from trainfn.store.checkpoint import CheckpointWarning, load, restore, save, steps, verify
 from trainfn.store.disk import CheckpointDamagedError, CheckpointWriteError
 from trainfn.store.history import History, cut, rows
 from trainfn.store.manifest import Manifest
 
 __all__ = [
+    "Capsule",
     "CheckpointDamagedError",
     "CheckpointWarning",
     "CheckpointWriteError",
@@ -23,9 +27,12 @@ __all__ = [
     "Manifest",
     "cut",
     "load",
+    "load_capsule",
+    "read_notes",
     "restore",
     "rows",
     "save",
+    "save_capsule",
     "steps",
     "verify",
 ]

@@ -10,28 +10,21 @@ bits from the disk, and every difference between the two is an error.
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
-import platform
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from datetime import UTC, datetime
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor
-
-from trainfn import tree
 from trainfn.errors import CheckpointError
 from trainfn.state import TrainState
-from trainfn.store import disk, structure, tensors
+from trainfn.store import disk
 from trainfn.store.disk import CheckpointDamagedError
-from trainfn.store.manifest import MAX_MANIFEST_BYTES, FileEntry, Manifest, parse, serialise, sha256
+from trainfn.store.manifest import Manifest, serialise
+from trainfn.store.sealed import STATE, build, listed, seal, unseal
 from trainfn.store.strict_json import Json, canonical, loads
 
-STATE, MANIFEST = "state.safetensors", "manifest.json"
+MANIFEST = "manifest.json"
 _STEP_NAME = re.compile(r"step_([0-9]{8}|[1-9][0-9]{8,})")
 
 RunPath = str | os.PathLike[str]
@@ -73,36 +66,24 @@ def save(
             with other numbers.
         CheckpointWriteError: the disk is full, failing, or read-only. What was saved before is untouched.
 
-    >>> import tempfile, trainfn
+    >>> import tempfile, torch, trainfn
     >>> state = trainfn.init(torch.nn.Linear(2, 1), trainfn.optim.sgd(lr=0.1))
     >>> with tempfile.TemporaryDirectory() as run:
-    ...     save(state, run).name, tree.digest(load(run, like=state)) == tree.digest(state)
+    ...     save(state, run).name, trainfn.tree.digest(load(run, like=state)) == trainfn.tree.digest(state)
     ('step_00000000', True)
     """
     run = Path(path)
     if _is_step(run):
         raise CheckpointError("A checkpoint cannot be saved inside another.", where=run, hint=f"save to {run.parent}")
-    named = structure.leaves(state)
-    scalars = {name: leaf for name, leaf in named.items() if type(leaf) is int}
-    raw = tensors.encode({name: leaf for name, leaf in named.items() if name not in scalars})
     notes = loads(canonical({"config": dict(config or {}), "metrics": dict(metrics or {})}))
-    manifest = Manifest(
-        trainfn=_version(),
-        torch=str(torch.__version__),
-        python=platform.python_version(),
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        step=int(state.step),
-        cursor=state.cursor,
-        seed=state.seed,
+    manifest, files = seal(
+        state,
+        {},
         config=notes["config"],
-        config_sha256=sha256(canonical(notes["config"])),
         optimizer=optimizer,
         data=data,
         metrics=notes["metrics"],
         tied={name: tuple(others) for name, others in (tied or {}).items()},
-        files={STATE: FileEntry(size=len(raw), sha256=sha256(raw))},
-        tensors=tensors.entries(raw),
-        scalars=scalars,
     )
     target = run / _step_name(manifest.cursor)
     there = os.path.lexists(target)
@@ -110,14 +91,14 @@ def save(
         with disk.reporting(target, 0):
             disk.sync_directory(run)  # whoever renamed it may have died before doing so
     else:
-        disk.commit(target, {STATE: raw, MANIFEST: serialise(manifest)}, displace=there)
+        disk.commit(target, files | {MANIFEST: serialise(manifest)}, displace=there)
     return target
 
 
 def load(path: RunPath, like: TrainState) -> TrainState:
     """Return the newest verified state of a run, or the state of one step directory; see :func:`restore`.
 
-    >>> import tempfile, trainfn
+    >>> import tempfile, torch, trainfn
     >>> state = trainfn.init(torch.nn.Linear(2, 1), trainfn.optim.sgd(lr=0.1))
     >>> with tempfile.TemporaryDirectory() as run:
     ...     step = save(state, run)
@@ -143,7 +124,7 @@ def restore(path: RunPath, like: TrainState) -> tuple[TrainState, Manifest]:
             dtypes, shapes or kinds of leaves: all differences are listed, and nothing is cast.
         CheckpointDamagedError: the one step directory that was asked for does not verify.
 
-    >>> import tempfile, trainfn
+    >>> import tempfile, torch, trainfn
     >>> state = trainfn.init(torch.nn.Linear(2, 1), trainfn.optim.sgd(lr=0.1))
     >>> with tempfile.TemporaryDirectory() as run:
     ...     _ = save(state, run, metrics={"val_loss": float("nan")})
@@ -152,22 +133,7 @@ def restore(path: RunPath, like: TrainState) -> tuple[TrainState, Manifest]:
     (0, {'val_loss': nan}, TensorEntry(dtype='float32', shape=(1, 2)))
     """
     step, manifest, raw = _choose(Path(path))
-    if differences := structure.differences(manifest, structure.leaves(like)):
-        raise CheckpointError(
-            "The checkpoint does not fit the state that it is loaded into.",
-            where=step,
-            got=_listed(differences),
-            hint="make `like` with the model and the optimizer that were saved",
-        )
-    stored = tensors.decode(raw)
-
-    def placed(name: str, leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return manifest.scalars[name]
-        # Memory from PyTorch's own allocator, with like's strides: kernels, and so bits, can depend on both.
-        return torch.empty_like(leaf.detach()).copy_(stored.pop(name)).requires_grad_(leaf.requires_grad)
-
-    return tree.map_named(placed, like), manifest
+    return build(manifest, raw, like, where=step), manifest
 
 
 def verify(step: RunPath) -> Manifest:
@@ -212,11 +178,11 @@ def _choose(path: Path) -> tuple[Path, Manifest, bytes]:
             bad.append(f"{step.name}: {' '.join(str(error).split())}")
             continue
         if bad:
-            newer = f"Newer checkpoints than {step} were passed over, because they are unusable:{_listed(bad)}"
+            newer = f"Newer checkpoints than {step} were passed over, because they are unusable:{listed(bad)}"
             warnings.warn(newer, CheckpointWarning, stacklevel=3)
         return chosen
     if bad:
-        raise CheckpointError("None of the run's checkpoints is usable.", where=path, got=_listed(bad))
+        raise CheckpointError("None of the run's checkpoints is usable.", where=path, got=listed(bad))
     raise CheckpointError(
         "There is no checkpoint.", where=path, expected="a run directory that holds step_XXXXXXXX directories"
     )
@@ -224,32 +190,8 @@ def _choose(path: Path) -> tuple[Path, Manifest, bytes]:
 
 def _read(step: Path) -> tuple[Manifest, bytes]:
     """Return the manifest and the tensors' bytes of a step directory, both verified."""
-    manifest = parse(disk.read(step / MANIFEST, size=MAX_MANIFEST_BYTES), where=step / MANIFEST)
-    own = {"seed": manifest.seed, "cursor": manifest.cursor}
-    if (
-        step.absolute().name != _step_name(manifest.cursor)
-        or manifest.files.keys() != {STATE}
-        or manifest.config_sha256 != sha256(canonical(manifest.config))
-        or own.items() - manifest.scalars.items()
-    ):
-        raise CheckpointDamagedError(
-            "The manifest does not belong where it is, or contradicts itself.",
-            where=step / MANIFEST,
-            expected=f"the manifest of {step.name}, with one file {STATE}",
-            got=f"that of {_step_name(manifest.cursor)}, with {', '.join(manifest.files)}",
-        )
-    entry = manifest.files[STATE]
-    raw = disk.read(step / STATE, size=entry.size, exact=True)
-    if (actual := sha256(raw)) != entry.sha256:
-        raise CheckpointDamagedError(
-            "The tensors' bytes are not those that were saved.",
-            where=step / STATE,
-            expected=f"SHA-256 {entry.sha256}",
-            got=f"SHA-256 {actual}",
-        )
-    if tensors.entries(raw, where=step / STATE) != manifest.tensors:
-        raise CheckpointDamagedError("The tensors are not those that the manifest lists.", where=step / STATE)
-    return manifest, raw
+    manifest, files = unseal(step, MANIFEST, called=_step_name)
+    return manifest, files[STATE]
 
 
 def _holds_same(step: Path, manifest: Manifest) -> bool:
@@ -268,20 +210,9 @@ def _holds_same(step: Path, manifest: Manifest) -> bool:
     return True
 
 
-def _listed(lines: Iterable[str]) -> str:
-    return "".join(f"\n    {line}" for line in lines)
-
-
 def _is_step(path: Path) -> bool:
     return _STEP_NAME.fullmatch(path.absolute().name) is not None
 
 
 def _step_name(cursor: int) -> str:
     return f"step_{cursor:08d}"
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("trainfn")
-    except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
-        return "unknown"

@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 import attrs
 
 from trainfn.errors import ConfigError, suggest
+from trainfn.precision import POLICIES
 
 _OTHER_NAMES = {  # what Lightning, Hugging Face and Keras call our settings: answered, never accepted in silence
     "accumulate_grad_batches": "accumulate",
@@ -34,6 +35,10 @@ _OTHER_NAMES = {  # what Lightning, Hugging Face and Keras call our settings: an
     "val_dataset": "val_data",
     "eval_dataset": "val_data",
     "callbacks": "observers",
+    "compute_metrics": "metrics",
+    "mixed_precision": "precision",
+    "bf16": 'precision="bf16-mixed"',
+    "fp16": 'precision="16-mixed"',
 }
 
 
@@ -50,6 +55,11 @@ def _setting(default: Any, expected: str, fits: Callable[[Any], bool], *, option
 
     text = f"{expected}, or None" if optional else expected
     return attrs.field(default=default, metadata={"expected": text, "fits": accepts})
+
+
+def _one_of(default: str, *others: str) -> Any:
+    words = tuple(dict.fromkeys((default, *others)))
+    return _setting(default, f"one of {', '.join(map(repr, words))}", lambda value: value in words)
 
 
 def _positive(value: Any) -> bool:
@@ -76,6 +86,7 @@ class TrainConfig:
         lr: peak learning rate of the default optimizer: AdamW, warm-up, then a cosine to 0.
         warmup_steps: steps of warm-up; 5 % of the run and at most 100 if None.
         clip_norm: largest norm of the mean gradient; None for no clipping.
+        precision: ``"32-true"``, ``"bf16-mixed"``, ``"16-mixed"`` or ``"bf16-true"``; see :mod:`trainfn.precision`.
         ema: decay of a moving average of the parameters, which is then what is evaluated and returned.
         eval_every: steps between evaluations; once an epoch if None. There is always one at the end.
         log_every: steps between rows of the history.
@@ -89,6 +100,12 @@ class TrainConfig:
         device: ``"auto"`` (a GPU if there is one) or a torch device.
         compile: ``"auto"``, ``"graph"`` or ``"eager"``; see :func:`trainfn.compile`.
         halt_after: stop the run after this many steps in a row with non-finite numbers.
+        on_spike: what to do about a loss or gradient norm far above its recent past: ``"warn"``, ``"skip"`` the step,
+            ``"halt"`` the run, or ``"off"``; see :mod:`trainfn.health`.
+        health_every: steps between rows with the gradient norm of each tensor, and which of them vanish (below 1e-7),
+            explode (above 10) or are dead (0); never if None.
+        noise_scale_every: steps between estimates of the gradient noise scale, in examples, each of which costs a
+            gradient per example of one micro-batch; never if None. See :mod:`trainfn.per_sample`.
         progress: show the run header and a progress bar, or plain lines where there is no terminal.
         fast_dev_run: two eager steps, two evaluation batches, nothing written: does it run at all?
     """
@@ -100,6 +117,7 @@ class TrainConfig:
     lr: float = _setting(1e-3, "a number > 0", _positive)
     warmup_steps: int | None = _setting(None, "an int >= 0", _at_least(0), optional=True)
     clip_norm: float | None = _setting(1.0, "a number > 0", _positive, optional=True)
+    precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true"] = _one_of("32-true", *POLICIES)
     ema: float | None = _setting(
         None, "a number in [0, 1)", lambda v: _at_least(0.0, (int, float))(v) and v < 1, optional=True
     )
@@ -113,10 +131,11 @@ class TrainConfig:
     drop_last: bool = _setting(False, "a bool", _is_bool)
     workers: int = _setting(0, "an int >= 0", _at_least(0))
     device: str = _setting("auto", '"auto" or the name of a device', lambda v: isinstance(v, str))
-    compile: Literal["auto", "eager", "graph"] = _setting(
-        "auto", '"auto", "eager" or "graph"', lambda v: v in ("auto", "eager", "graph")
-    )
+    compile: Literal["auto", "eager", "graph"] = _one_of("auto", "eager", "graph")
     halt_after: int = _setting(3, "an int >= 1", _at_least(1))
+    on_spike: Literal["off", "warn", "skip", "halt"] = _one_of("warn", "off", "skip", "halt")
+    health_every: int | None = _setting(100, "an int >= 1", _at_least(1), optional=True)
+    noise_scale_every: int | None = _setting(None, "an int >= 1", _at_least(1), optional=True)
     progress: bool = _setting(True, "a bool", _is_bool)
     fast_dev_run: bool = _setting(False, "a bool", _is_bool)
 

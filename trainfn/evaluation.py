@@ -1,0 +1,123 @@
+"""Measuring a state: the loss and metrics over a data set, and the gradient noise of a batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from trainfn.batch import Batch, micro_batches
+from trainfn.data import Loader
+from trainfn.engine import CompiledStep
+from trainfn.metric import Metric, resolve
+from trainfn.optim.transform import wide
+from trainfn.per_sample import NoiseScale, noise_scale
+from trainfn.plan import Plan, to_device
+from trainfn.state import TrainState
+from trainfn.step import Step, surroundings
+from trainfn.tree import map_leaves
+
+Row = dict[str, Any]
+
+_MERGED = 10  # estimates that make one noise scale: one batch alone says little
+
+
+def evaluate(
+    step: Step | CompiledStep,
+    state: TrainState,
+    data: object,
+    *,
+    metrics: Sequence[str | Metric] = (),
+    batch_size: int = 32,
+    collate: Callable[[list[Any]], Batch] | None = None,
+    ema: bool = False,
+) -> dict[str, float]:
+    """Return the loss over a data set: one sum over all of it, divided once by one weight; and metrics likewise.
+
+    In evaluation mode and without gradients; the module's modes and the global random generators are as before.
+
+    Args:
+        step: what the state is trained with; its model, loss and precision are used.
+        state: read, not changed.
+        data: anything that ``fit`` takes, or a :class:`trainfn.data.Loader`.
+        metrics: names or values from :mod:`trainfn.metric`.
+        batch_size: examples at a time. Changes memory, not meaning.
+        collate: as for ``fit``.
+        ema: use the moving average of the parameters.
+
+    Returns:
+        ``{"loss": ..., "weight": ..., ...}``; the loss is NaN when nothing counted.
+
+    >>> import trainfn
+    >>> model, optimizer = torch.nn.Linear(2, 2), trainfn.optim.sgd(lr=0.1)
+    >>> step = trainfn.make_step(model, loss="classification", optimizer=optimizer)
+    >>> state = trainfn.init(model, optimizer)
+    >>> evaluate(step, state, (torch.zeros(5, 2), torch.zeros(5, dtype=torch.long)), batch_size=2)["weight"]
+    5.0
+    """
+    loader = data if isinstance(data, Loader) else Loader(data, batch_size=batch_size, shuffle=False, collate=collate)
+    strategy = (step.step if isinstance(step, CompiledStep) else step).strategy
+    measured = [resolve(metric, strategy) for metric in metrics]
+    return _means(step, state, loader, measured, loader.batches_per_epoch, ema=ema)
+
+
+def evaluate_plan(planned: Plan, state: TrainState) -> dict[str, float]:
+    """Return what a plan evaluates, as the columns of a row: ``val_loss`` and ``val_`` and each metric's name."""
+    assert planned.val_loader is not None
+    limit = 2 if planned.config.fast_dev_run else planned.val_loader.batches_per_epoch
+    found = _means(planned.step, state, planned.val_loader, planned.metrics, limit, ema=state.ema is not None)
+    return {f"val_{name}": value for name, value in found.items() if name != "weight"}
+
+
+def noise_columns(planned: Plan, state: TrainState, rows: Sequence[Row]) -> Row:
+    """Return the gradient noise of the last batch as columns of a row, and the scale that the last ten rows have made.
+
+    ``noise_trace`` and ``noise_squared_norm`` are sums over ``noise_weight``; ``noise_scale`` is in examples.
+    """
+    batch = planned.to_device(planned.loader.batch(state.cursor - 1))
+    found = _noise(planned.step.step, state, batch)
+    shares = [{name: float(getattr(found, name)) for name in _SUMS}]
+    shares += [{name: row[f"noise_{name}"] for name in _SUMS} for row in rows if "noise_trace" in row][-_MERGED + 1 :]
+    finite = [share for share in shares if all(map(math.isfinite, share.values()))]
+    trace, squared_norm = (sum(share[name] for share in finite) for name in ("trace", "squared_norm"))
+    scale = trace / squared_norm if squared_norm > 0 else math.nan
+    return {f"noise_{name}": value for name, value in shares[0].items()} | {"noise_scale": scale}
+
+
+def check_noise(planned: Plan) -> None:
+    """Raise before the first step what an estimate of the noise would raise later, if one is asked for."""
+    if planned.config.noise_scale_every is not None:
+        _noise(planned.step.step, planned.state, planned.to_device(planned.loader.batch(0)))
+
+
+_SUMS = ("trace", "squared_norm", "weight")
+
+
+def _noise(step: Step, state: TrainState, batch: Batch) -> NoiseScale:
+    part = micro_batches(batch, step.accumulate)[0]
+    with surroundings(step.model, state, training=True):
+        return noise_scale(step.loss, state.params, state.buffers, part, chunk_size=8)
+
+
+def _means(
+    step: Step | CompiledStep,
+    state: TrainState,
+    loader: Loader,
+    metrics: Sequence[Metric],
+    limit: int,
+    *,
+    ema: bool,
+) -> dict[str, float]:
+    sums: dict[str, Any] = {}
+    params = state.ema if ema else None
+    for batch in loader.batches(0, min(limit, loader.batches_per_epoch)):
+        found = step.evaluate(state, to_device(batch, state.step.device), metrics=metrics, params=params)
+        found["loss"] = map_leaves(wide, found["loss"])
+        sums = map_leaves(torch.add, sums, found) if sums else found
+    total, weight = sums["loss"].total, sums["loss"].weight
+    results = {"loss": float(total / weight), "weight": float(weight)}
+    for metric in metrics:
+        results |= metric.result(sums[metric.name])
+    return results
