@@ -167,7 +167,7 @@ class NetRecipe:
             "y": torch.randint(0, 3, (length,), generator=own),
             "extra": torch.zeros(length),
         }
-        optimizer = sgd(0.1)
+        optimizer = adamw(0.1)
         step = make_step(net, loss=self.loss, optimizer=optimizer, accumulate=self.accumulate)
         state = trainfn.init(net, optimizer, seed=self.seed)
         if self.plant == "batch":
@@ -234,7 +234,14 @@ def check_names(recipe: NetRecipe, diagnoser: Diagnoser = diagnose) -> Diagnosis
     found = diagnoser(step, state, batch)
     assert surroundings_of(net, state, batch) == before, "something was changed"
     assert loads(canonical(found.to_json()))["cause"] == found.cause
-    verdict = Verdict(int(step(state, batch).report.verdict))
+    after = step(state, batch)
+    verdict = Verdict(int(after.report.verdict))
+    if verdict is not Verdict.OK:
+        kept = [
+            digest(getattr(after, name)) == digest(getattr(state, name))
+            for name in ("step", "params", "buffers", "opt")
+        ]
+        assert all(kept), "the step was refused and changed something"
     assert (verdict is Verdict.OK) == (found.cause == "none"), (verdict, found)
     if verdict is Verdict.OK:  # a tanh or a frozen layer may have swallowed it
         assert found.micro_batch is None

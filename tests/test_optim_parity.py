@@ -345,13 +345,9 @@ def test_control_torch_in_float32_with_decoupled_decay_is_not_within_the_limit_o
 # --- in a step -------------------------------------------------------------------------------------------------------
 
 
-def by_shape(name: str, param: Tensor) -> str:
-    return "matrices" if param.ndim == 2 else "others"
-
-
 def partitioned() -> optim.Transform:
     rest = optim.adamw(optim.one_cycle(0.1, total=10, pct_start=0.4), decay=optim.matrices_only)
-    return optim.partition(by_shape, {"matrices": optim.muon(0.1), "others": rest})
+    return optim.partition(optim.matrices_and_others, {"matrices": optim.muon(0.1), "others": rest})
 
 
 IN_A_STEP: dict[str, Callable[[], optim.Transform]] = {
@@ -462,7 +458,7 @@ def test_partition_is_each_transform_on_its_own_parameters() -> None:
     torch.manual_seed(2)
     params = {"a": torch.randn(2, 3), "b": torch.randn(3), "c": torch.randn(4, 2)}
     parts = {"unused": optim.lion(), "matrices": optim.muon(0.1), "others": optim.adam(0.2)}
-    whole = optim.partition(by_shape, parts)
+    whole = optim.partition(optim.matrices_and_others, parts)
     groups = {"matrices": ("a", "c"), "others": ("b",)}
     state, own = whole.init(params), {}
     for label, names in groups.items():
@@ -478,17 +474,17 @@ def test_partition_is_each_transform_on_its_own_parameters() -> None:
             assert all(torch.equal(updates[name], expected[name]) for name in names)
         assert list(updates) == list(params)
     assert whole.lr is parts["unused"].lr
-    assert whole.name.startswith("partition(by_shape, {'unused': lion(")
+    assert whole.name.startswith("partition(matrices_and_others, {'unused': lion(")
 
 
 def test_partition_names_every_parameter_without_a_transform() -> None:
-    optimizer = optim.partition(by_shape, {"matrices": optim.muon()})
+    optimizer = optim.partition(optim.matrices_and_others, {"matrices": optim.muon()})
     with pytest.raises(
         ConfigError, match=r"where: b, c\n  expected: one of 'matrices'\n  got: b: 'others', c: 'others'"
     ):
         optimizer.init({"a": torch.ones(2, 2), "b": torch.ones(2), "c": torch.ones(())})
     with pytest.raises(ConfigError, match="no Transform"):
-        optim.partition(by_shape, {})
+        optim.partition(optim.matrices_and_others, {})
 
 
 def test_adaptive_clip_unit_by_unit() -> None:

@@ -8,7 +8,7 @@
 | ``adagrad``, ``rmsprop``, ``adafactor`` | optimizers by its square |
 | ``clip_by_global_norm``, ``clip_by_value``, ``adaptive_clip`` | limits on gradients |
 | ``chain`` | one Transform after another |
-| ``partition`` | another Transform for each group of parameters |
+| ``partition``, ``matrices_and_others`` | another Transform for each group of parameters; the groups that Muon wants |
 | ``freeze`` | which parameters stay as they are |
 | ``matrices_only`` | which parameters weight decay is for |
 | ``constant``, ``linear``, ``cosine``, ``polynomial``, ``inverse_sqrt``, ``piecewise`` | schedules of one phase |
@@ -29,7 +29,7 @@ from trainfn.optim.lion import LionState, lion
 from trainfn.optim.moments import AdamState
 from trainfn.optim.muon import MuonState, muon
 from trainfn.optim.nadam import NadamState, nadam
-from trainfn.optim.partition import Labels, partition
+from trainfn.optim.partition import Labels, matrices_and_others, partition
 from trainfn.optim.phases import one_cycle, warmup_cosine, warmup_linear, warmup_stable_decay
 from trainfn.optim.radam import radam
 from trainfn.optim.rmsprop import RMSpropState, rmsprop
@@ -67,6 +67,7 @@ __all__ = [
     "lamb",
     "linear",
     "lion",
+    "matrices_and_others",
     "matrices_only",
     "muon",
     "nadam",

@@ -54,8 +54,8 @@ def muon(
 ) -> Transform:
     """Return Muon. Settings are those of ``torch.optim.Muon``. Not elementwise; the iteration runs in bfloat16.
 
-    It is meant for the matrices of hidden layers: ``partition`` gives embeddings, heads, biases and the scales of
-    norms another optimizer.
+    It is meant for the matrices of hidden layers: ``partition(matrices_and_others, ...)`` gives embeddings, heads,
+    biases and the scales of norms another optimizer.
 
     Args:
         lr: a number, or a schedule of the updates applied; the numbers below may be schedules too.
@@ -84,7 +84,7 @@ def muon(
       where: bias
       expected: parameters of 2 dimensions
       got: bias: [2]
-      try: give these another optimizer: partition(labels, {"muon": muon(...), "adamw": adamw(...)})
+      try: give these another one: partition(matrices_and_others, {"matrices": muon(), "others": adamw()})
     """
     check(
         "muon",
@@ -164,5 +164,5 @@ def _check_matrices(params: Params) -> None:
             where=", ".join(others),
             expected="parameters of 2 dimensions",
             got=", ".join(f"{name}: {shape}" for name, shape in others.items()),
-            hint='give these another optimizer: partition(labels, {"muon": muon(...), "adamw": adamw(...)})',
+            hint='give these another one: partition(matrices_and_others, {"matrices": muon(), "others": adamw()})',
         )

@@ -20,6 +20,40 @@ Labels = Callable[[str, Tensor], str]
 """From a parameter's name and the parameter to its label. Reads shape and dtype, not data."""
 
 
+_INPUTS = {
+    "emb",
+    "embed",
+    "embedding",
+    "embeddings",
+    "pos",
+    "position",
+    "positions",
+    "tok",
+    "token",
+    "tokens",
+    "wpe",
+    "wte",
+}
+_OUTPUTS = {"classifier", "head", "score", "unembed"}
+
+
+def matrices_and_others(name: str, param: Tensor) -> str:
+    """Label the matrices of hidden layers ``"matrices"``, which is what Muon is for, and all else ``"others"``.
+
+    Embeddings and heads are told by the words in their names ("embed", "wte", "head", "classifier", ...), which is a
+    heuristic: where a model calls them otherwise, write a function of your own.
+
+    >>> import torch
+    >>> names = ("wte.weight", "blocks.0.multihead_attn.in_proj_weight", "lm_head.weight")
+    >>> [matrices_and_others(name, torch.ones(2, 2)) for name in names]
+    ['others', 'matrices', 'others']
+    >>> matrices_and_others("blocks.0.norm.weight", torch.ones(2))
+    'others'
+    """
+    words = {word for part in name.split(".") for word in part.lower().split("_")}
+    return "matrices" if param.ndim == 2 and not words & (_INPUTS | _OUTPUTS) else "others"
+
+
 def partition(labels: Labels, transforms: Mapping[str, Transform]) -> Transform:
     """Apply to each parameter the Transform of its label. The learning rate reported is that of the first Transform.
 
@@ -34,12 +68,10 @@ def partition(labels: Labels, transforms: Mapping[str, Transform]) -> Transform:
 
     >>> import torch
     >>> from trainfn.optim import adamw, muon
-    >>> def labels(name, param):
-    ...     return "muon" if param.ndim == 2 and "embed" not in name else "adamw"
-    >>> optimizer = partition(labels, {"muon": muon(lr=0.02), "adamw": adamw(lr=3e-4)})
+    >>> optimizer = partition(matrices_and_others, {"matrices": muon(lr=0.02), "others": adamw(lr=3e-4)})
     >>> params = {"embed.weight": torch.ones(5, 2), "hidden.weight": torch.ones(2, 2), "hidden.bias": torch.ones(2)}
     >>> state = optimizer.init(params)
-    >>> [sorted(state["muon"].momentum), sorted(state["adamw"].mu)]
+    >>> [sorted(state["matrices"].momentum), sorted(state["others"].mu)]
     [['hidden.weight'], ['embed.weight', 'hidden.bias']]
     >>> updates, state = optimizer.update(params, state, params, torch.tensor(0))
     >>> updates["hidden.bias"]
