@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import pickle
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from tests.strategies import of_bad_numbers
 from trainfn.diagnose import Diagnosis
 from trainfn.diagnose.diagnosis import Part
 from trainfn.errors import CheckpointError, ConfigError, DivergenceError
-from trainfn.health import HealthWarning
+from trainfn.health import HealthWarning, Verdict
 from trainfn.observers import Recorder
 from trainfn.optim import adamw, sgd
 from trainfn.plan import plan
@@ -166,7 +168,8 @@ def test_the_step_to_explain_is_the_last_that_was_refused() -> None:
     for state in trainfn.run(made):
         recorder.step(state)
     assert (int(state.health.streak), state.cursor) == (1, 5)
-    assert recorder.last_refused(state) == 2
+    number, report = recorder.last_refused(state)
+    assert (number, int(report.verdict)) == (2, Verdict.NON_FINITE_LOSS)
 
 
 # --- spikes -----------------------------------------------------------------------------------------------------------
@@ -220,6 +223,8 @@ def test_a_spike_halts_and_is_explained(tmp_path: Path) -> None:
         run_with_a_spike("halt", out_dir=tmp_path)
     assert caught.value.diagnosis.cause == "none"
     assert caught.value.diagnosis.largest[0][1] > 1e3
+    assert "the loss is far above its recent past" in str(caught.value)
+    assert re.search(r"it has loss \S+, gradient norm \S+, where loss \d\S+, gradient norm \S+ are", str(caught.value))
     assert "step 81, examples [320, 321, 322, 323]" in str(caught.value)
     again = trainfn.replay(caught.value.capsule, trainfn.make_step(Loud(), loss="regression", optimizer=sgd(0.01)))
     assert again.lines == caught.value.diagnosis.lines
@@ -258,3 +263,97 @@ def test_control_a_forgotten_baseline_lets_the_spike_pass() -> None:
         state = step(evolve(state, health=fresh) if state.cursor == 70 else state, batch)
         verdicts.append(int(state.report.verdict))
     assert verdicts[80] == 0
+
+
+# --- when, exactly ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+def test_from_the_step_on_that_ends_the_run_nothing_is_applied(mode: Any) -> None:
+    """The loop on a GPU looks late; the state that it then finds is the one that the bad steps were refused on."""
+    model, optimizer = nn.Linear(4, 3), sgd(0.1)
+    plain = trainfn.make_step(model, loss="classification", optimizer=optimizer, halt_after=2)
+    step, state = trainfn.compile(plain, mode=mode, backend="aot_eager"), trainfn.init(model, optimizer)
+    good, bad = (X[:8], Y[:8]), (torch.full((8, 4), math.nan), Y[:8])
+    found = []
+    for batch in (bad, good, bad, bad, good, good):
+        state = step(state, batch)
+        found.append((Verdict(int(state.report.verdict)).name, bool(state.health.halted), int(state.step)))
+    lost, ok = "NON_FINITE_LOSS", "OK"
+    assert found == [
+        (lost, False, 0),
+        (ok, False, 1),
+        (lost, False, 1),
+        (lost, True, 1),
+        ("HALTED", True, 1),
+        ("HALTED", True, 1),
+    ]
+
+
+@of_bad_numbers
+def test_who_goes_on_after_a_halt_has_a_streak_of_his_own(tmp_path: Path) -> None:
+    bad, ignored = (torch.full_like(X, math.nan), Y), (X, torch.full_like(Y, -100))
+    halted(make_model(nn.Tanh()), bad, out_dir=tmp_path)
+    settings = {"loss": "classification", "batch_size": 10, "device": "cpu", "progress": False, "resume": "auto"}
+    assert str(halted(make_model(nn.Tanh()), bad, out_dir=tmp_path, resume="auto")).count("3 steps in a row") == 1
+    made = plan(make_model(nn.Tanh()), bad, max_steps=30, out_dir=tmp_path, **settings)
+    assert (made.state.cursor, int(made.state.health.streak), bool(made.state.health.halted)) == (6, 0, False)
+    state = made.step.step(made.state, (ignored[0][:10], ignored[1][:10]))
+    assert not bool(state.health.halted)
+
+
+@of_bad_numbers
+def test_a_state_that_cannot_be_saved_does_not_hide_why_the_run_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> Path:
+        raise CheckpointError("The disk refused: No space left on device.")
+
+    monkeypatch.setattr(sys.modules["trainfn.fit"], "save", full)
+    assert "intact, but could not be saved: The disk refused" in str(halted(make_model(), out_dir=tmp_path))
+
+
+class Cubed(nn.Module):
+    """A finite loss and finite gradients, and a statistic that is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = nn.Linear(4, 3)
+        self.register_buffer("largest", torch.zeros(()))
+        self.register_buffer("mask", torch.full((2,), -math.inf))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.largest.copy_(x.pow(3).max())
+        return self.dense(x.tanh())
+
+
+@pytest.mark.parametrize(
+    ("make", "settings", "names"),
+    [
+        (lambda: nn.Linear(4, 3), {"optimizer": sgd(lambda step: (1.0 - step).sqrt())}, "params.weight"),
+        (lambda: nn.Linear(4, 3), {"optimizer": adamw(eps=0.0)}, "params.weight"),
+        (Cubed, {}, "buffers.largest"),
+    ],
+    ids=["schedule", "eps", "buffer"],
+)
+def test_a_state_that_is_spoilt_without_a_bad_gradient_is_named_and_never_saved(
+    make: Any, settings: dict[str, Any], names: str, tmp_path: Path
+) -> None:
+    x = X.clone()
+    x[:, 1] = 1e30 if make is Cubed else 0.0
+    with pytest.raises(DivergenceError, match=rf"no longer finite[\s\S]*{names}[\s\S]*not saved"):
+        trainfn.fit(
+            make(),
+            (x, Y),
+            loss="classification",
+            max_steps=9,
+            save_every=1,
+            device="cpu",
+            progress=False,
+            out_dir=tmp_path,
+            **settings,
+        )
+    for path in trainfn.store.steps(tmp_path):
+        like = trainfn.init(make(), settings.get("optimizer") or adamw())
+        saved = trainfn.load(path, like=like)
+        assert all(param.isfinite().all() for param in saved.params.values())

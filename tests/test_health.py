@@ -59,7 +59,7 @@ def test_every_verdict_has_a_sentence_that_says_whether_the_step_was_applied() -
 
 def test_the_counters_follow_a_run() -> None:
     none = torch.tensor(0)
-    health = Health(streak=none, baseline=baseline())
+    health = Health(streak=none, halted=torch.tensor(False), baseline=baseline())
     stats = AccumulationStats(micro_batches=none, seen=none.double(), outcomes=torch.zeros(16, dtype=torch.int64))
     run = [
         (Verdict.NON_FINITE_LOSS, 1),
@@ -79,7 +79,7 @@ def test_the_counters_follow_a_run() -> None:
         assert int(health.streak) == streak
     assert int(stats.micro_batches) == 3 * len(run)
     assert float(stats.seen) == 16.0
-    assert [int(stats.outcomes[verdict]) for verdict in Verdict] == [1, 1, 0, 2, 2, 1, 1, 1, 0]
+    assert [int(stats.outcomes[verdict]) for verdict in Verdict] == [1, 1, 0, 2, 2, 1, 1, 0, 1, 0]
     assert (health.streak.dtype, stats.seen.dtype, stats.outcomes.dtype) == (torch.int64, torch.float64, torch.int64)
 
 

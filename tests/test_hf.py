@@ -51,3 +51,25 @@ def test_trains_for_20_steps(name, mode):
         assert "lm_head.weight" not in result.state.params  # tied to the embedding, so there once
         trained = result.model()
         assert trained.lm_head.weight is trained.transformer.wte.weight
+
+
+@pytest.mark.parametrize("kind", ["bart", "t5"])
+def test_an_encoder_decoder_makes_its_decoder_inputs_of_the_labels(kind: str) -> None:
+    """The loss is the model's own: a decoder that read ``input_ids`` instead would be trained on something else."""
+    torch.manual_seed(0)
+    small = {"vocab_size": 32, "d_model": 16, "pad_token_id": 0, "decoder_start_token_id": 0}
+    if kind == "bart":
+        heads = {f"{side}_{what}": 2 for side in ("encoder", "decoder") for what in ("attention_heads", "layers")}
+        sizes = {"encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "max_position_embeddings": 16, "dropout": 0.0}
+        config = transformers.BartConfig(**small, **heads, **sizes)
+        model = transformers.BartForConditionalGeneration(config)
+    else:
+        config = transformers.T5Config(**small, d_kv=8, d_ff=16, num_layers=1, num_heads=2, dropout_rate=0.0)
+        model = transformers.T5ForConditionalGeneration(config)
+    batch = {"input_ids": torch.randint(3, 32, (4, 6)), "labels": torch.randint(3, 32, (4, 5))}
+    batch["labels"][1, 3:] = -100
+    optimizer = trainfn.optim.sgd(0.1)
+    step = trainfn.make_step(model, loss="seq2seq", optimizer=optimizer)
+    found = step.evaluate(trainfn.init(model, optimizer), batch)["loss"]
+    right = model.eval()(**batch).loss
+    assert float(found.total / found.weight) == pytest.approx(float(right.detach()), rel=1e-5)

@@ -171,3 +171,53 @@ def test_the_noise_of_a_net_with_batch_norm_is_refused_before_the_first_step() -
     model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
     with pytest.raises(ModelError, match="mixes examples"):
         train(model, max_steps=2, noise_scale_every=2)
+
+
+# --- evaluation leaves no trace ---------------------------------------------------------------------------------------
+
+
+class Remembering(nn.Module):
+    """Writes what it sees into its buffer, in evaluation too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = nn.Linear(4, 3)
+        self.register_buffer("seen", torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += x.sum(0)
+        return self.dense(x)
+
+
+def test_to_evaluate_more_often_changes_nothing() -> None:
+    often, once = (train(Remembering(), val_data=(X + 5, Y), max_steps=6, eval_every=every) for every in (1, 6))
+    torch.testing.assert_close(often.state.buffers["seen"], once.state.buffers["seen"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"eval_every": 5}, "nothing to evaluate on"),
+        ({"loss": nn.CrossEntropyLoss()}, 'loss="classification"'),
+        ({"loss": F.mse_loss}, 'loss="mse"'),
+        ({"loss": trainfn.loss.classification}, "call it: classification"),
+    ],
+)
+def test_what_beginners_write_is_answered(settings: Any, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        train(max_steps=1, **settings)
+
+
+def test_a_warm_up_longer_than_a_trial_run_is_no_mistake() -> None:
+    assert train(max_steps=1000, warmup_steps=100, fast_dev_run=True).state.cursor == 2
+
+
+def test_an_average_that_was_not_kept_is_not_made_up() -> None:
+    result = train(max_steps=2)
+    with pytest.raises(ConfigError, match="no moving average"):
+        result.model(ema=True)
+
+
+def test_evaluations_that_are_all_nan_have_no_best() -> None:
+    result = train(val_data=(torch.full_like(X, math.nan), Y), max_steps=2)
+    assert result.best is None

@@ -88,7 +88,8 @@ def uniform(batch: int, length: int, words: int) -> Tensor:
     [
         ({}, 6),  # every token but the first of each row; token 0 is a token like any other
         ({"attention_mask": [[1, 1, 1, 0], [1, 1, 0, 0]]}, 3),
-        ({"attention_mask": [[0, 0, 1, 1], [0, 1, 1, 1]]}, 5),  # padded on the left
+        # Padded on the left: what stands behind padding is not predicted from anything.
+        ({"attention_mask": [[0, 0, 1, 1], [0, 1, 1, 1]]}, 3),
         ({"attention_mask": [[True] * 4, [False] * 4]}, 3),
         ({"labels": [[9, 1, 1, IGNORED], [IGNORED] * 4]}, 2),
         ({"labels": [[0] * 4] * 2, "attention_mask": [[1, 0, 0, 0]] * 2}, 6),  # labels say for themselves what counts
@@ -220,8 +221,8 @@ def test_outputs_without_logits_are_refused(outputs: Any) -> None:
 def test_a_scalar_is_a_mean_over_examples_and_a_sum_stays_a_sum() -> None:
     found = as_loss_sum(torch.tensor(0.5, dtype=torch.float64), (torch.ones(6, 2), torch.ones(6)))
     assert (float(found.total), float(found.weight), found.weight.dtype) == (3.0, 6.0, torch.float64)
-    own = LossSum(total=torch.tensor(1.0), weight=torch.tensor(0.25))
-    assert as_loss_sum(own, None) is own
+    own = as_loss_sum(LossSum(total=torch.tensor(1.0), weight=torch.tensor(0.25)), None)
+    assert (float(own.total), float(own.weight)) == (1.0, 0.25)
 
 
 @pytest.mark.parametrize("value", [1.0, torch.ones(1), torch.ones(2), None, (torch.ones(()), 2)])
@@ -365,3 +366,50 @@ def test_what_a_loss_says_of_itself_is_seen_through_its_wrappers() -> None:
     assert reading_of(peft_aware(mean_output)) is None
     assert not hasattr(peft_aware(mean_output), "widens")  # or else it would not be made safe
     assert hasattr(low_precision_safe(peft_aware(mean_output)), "widens")
+
+
+# --- what a user's loss may return ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_mean_in_16_bits_is_counted_in_32(dtype: torch.dtype) -> None:
+    found = as_loss_sum(torch.tensor(2.0, dtype=dtype), torch.ones(70_001, 1))
+    assert (float(found.total), float(found.weight), found.total.dtype) == (140_002.0, 70_001.0, torch.float32)
+
+
+@pytest.mark.parametrize("total", [torch.ones(3), torch.ones((), dtype=torch.long), 1.0])
+def test_a_sum_of_what_is_no_number_is_refused(total: Any) -> None:
+    with pytest.raises(ModelError, match="cannot be added up"):
+        as_loss_sum(LossSum(total=total, weight=torch.tensor(3.0)), None)
+
+
+@pytest.mark.parametrize("weight", [4, 4.0, torch.tensor(4)])
+def test_a_weight_may_be_any_number(weight: Any) -> None:
+    found = as_loss_sum(LossSum(total=torch.tensor(2.0, requires_grad=True), weight=weight), None)
+    assert (float(found.weight), found.weight.dtype, found.weight.requires_grad) == (4.0, torch.float32, False)
+
+
+def test_tokens_alone_may_be_wrapped_in_a_tuple() -> None:
+    tokens = torch.tensor([[1, 2, 3]])
+    assert float(language_modeling()(uniform(1, 3, 5), (tokens,)).weight) == 2.0
+
+
+def test_one_logit_is_no_choice() -> None:
+    with pytest.raises(ModelError, match="two classes or more"):
+        classification()(torch.zeros(3, 1), (None, torch.zeros(3, dtype=torch.long)))
+
+
+def test_padding_on_either_side_is_the_same_loss() -> None:
+    own = torch.Generator().manual_seed(0)
+    rows = torch.randn(4, 6, generator=own)
+    tokens, pad = torch.tensor([1, 2, 3, 4]), torch.zeros(3, dtype=torch.long)
+    found = []
+    for left in (True, False):
+        ids = torch.cat([pad, tokens] if left else [tokens, pad])[None]
+        logits = torch.cat(
+            [torch.randn(3, 6, generator=own), rows] if left else [rows, torch.randn(3, 6, generator=own)]
+        )
+        mask = torch.cat([pad, tokens.clamp(max=1)] if left else [tokens.clamp(max=1), pad])[None]
+        found.append(language_modeling()(logits[None], {"input_ids": ids, "attention_mask": mask}))
+    assert (float(found[0].weight), float(found[1].weight)) == (3.0, 3.0)
+    torch.testing.assert_close(found[0].total, found[1].total)

@@ -542,3 +542,30 @@ def test_a_function_in_a_name_has_no_address() -> None:
     assert optim.adam(betas=(optim.constant(0.9), 0.999)).name != optim.adam(betas=(0.9, 0.999)).name
     assert "eps=linear(0.1, 0.2, total=5)" in optim.adam(eps=optim.linear(0.1, 0.2, total=5)).name
     assert optim.adam(np.float64(0.1), eps=np.float64(1e-6)).name == optim.adam(0.1, eps=1e-6).name
+
+
+# --- what a schedule may return ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("build", [optim.adamw, optim.sgd, optim.lion, optim.adagrad])
+def test_a_schedule_may_give_a_python_number(build: Any) -> None:
+    """``min`` of a tensor and a number is, after a warm-up, the number."""
+    given = [build(lambda step: 3e-4 * min(1.0, (step + 1) / 10)), build(optim.constant(3e-4))]
+    params, grads, found = {"w": torch.ones(2)}, {"w": torch.full((2,), 0.5)}, []
+    for optimizer in given:
+        found.append(optimizer.update(grads, optimizer.init(params), params, torch.tensor(20))[0]["w"])
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("wrong", [lambda step: "0.1", lambda step: torch.ones(2), lambda step: None])
+def test_a_schedule_that_gives_no_number_is_answered(wrong: Any) -> None:
+    optimizer, params = optim.sgd(wrong), {"w": torch.ones(2)}
+    with pytest.raises(ConfigError, match="gives something that is no number"):
+        optimizer.update(params, optimizer.init(params), params, torch.tensor(0))
+
+
+@pytest.mark.parametrize("betas", [0.9, (0.9,), (0.9, 0.99, 0.999)])
+@pytest.mark.parametrize("build", [optim.adamw, optim.lion])
+def test_two_decay_rates_are_two(build: Any, betas: Any) -> None:
+    with pytest.raises(ConfigError, match="betas two decay rates"):
+        build(betas=betas)

@@ -83,7 +83,7 @@ def test_every_matrix_product_runs_in_the_dtype_of_the_policy(net: Any, precisio
     assert {param.dtype for param in after.params.values()} == {stored}
     assert {moment.dtype for moment in after.opt.mu.values()} == {stored}
     assert int(after.report.verdict) == Verdict.OK
-    assert after.report.loss.dtype == torch.float32
+    assert state.report.loss.dtype == after.report.loss.dtype == torch.float64
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed", "bf16-true"])
@@ -427,3 +427,56 @@ def test_fit_in_every_precision_learns_and_resumes_bit_for_bit(precision: Any, t
     assert ("scale" in whole.history[-1]) == (precision == "16-mixed")
     run(17, tmp_path / "cut", None)
     assert digest(run(40, tmp_path / "cut", "auto").state) == digest(whole.state)
+
+
+# --- what sixteen bits would lose -------------------------------------------------------------------------------------
+
+
+def test_a_run_in_float64_resumes(tmp_path: Any) -> None:
+    data = (torch.randn(16, 2, dtype=torch.float64), torch.zeros(16, dtype=torch.long))
+    settings = {"loss": "classification", "out_dir": tmp_path, "resume": "auto", "progress": False, "device": "cpu"}
+    trainfn.fit(nn.Linear(2, 2).double(), data, max_steps=2, **settings)
+    assert trainfn.fit(nn.Linear(2, 2).double(), data, max_steps=4, **settings).state.cursor == 4
+
+
+def test_a_nan_in_the_data_says_nothing_about_the_scale() -> None:
+    model, optimizer = Steep(), sgd(1e-3)
+    step = make_step(model, loss=summed, optimizer=optimizer, precision="16-mixed")
+    state = trainfn.init(model, optimizer, precision="16-mixed")
+    for _ in range(40):
+        state = step(state, torch.full((1, 2), math.nan))
+    assert (float(state.scale.factor), int(state.scale.good)) == (65536.0, 0)
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+def test_an_average_of_16_bit_parameters_moves(mode: Any) -> None:
+    model, optimizer = Steep(), sgd(0.5)
+    plain = make_step(model, loss=summed, optimizer=optimizer, precision="bf16-true", ema=0.99)
+    step = trainfn.compile(plain, mode=mode, backend="aot_eager")
+    state = trainfn.init(model, optimizer, precision="bf16-true", ema=True)
+    seen = []
+    for _ in range(300):
+        state = step(state, torch.ones(1, 2))
+        seen.append(state.params["weight"].detach().double().mean())
+    weights = 0.99 ** torch.arange(299, -1, -1, dtype=torch.float64)
+    right = (torch.stack(seen) * weights).sum() / weights.sum()
+    assert float(state.ema["weight"].mean()) == pytest.approx(float(right), rel=1e-5)
+    assert step.evaluate(state, torch.ones(1, 2), params=state.ema)["loss"].total.isfinite()
+
+
+@pytest.mark.parametrize("accumulate", [1, 512])
+def test_a_long_accumulation_in_bfloat16_loses_nothing(accumulate: int) -> None:
+    model, optimizer = Steep(), sgd(0.1)
+    step = make_step(
+        model, loss=lambda o, b: o.sum(1).mean(), optimizer=optimizer, precision="bf16-true", accumulate=accumulate
+    )
+    after = step(trainfn.init(model, optimizer, precision="bf16-true"), torch.ones(1024, 2))
+    assert float(after.report.grad_norm) == pytest.approx(math.sqrt(2), rel=1e-2)
+
+
+@pytest.mark.parametrize(("made", "used"), [("32-true", "16-mixed"), ("16-mixed", "32-true")])
+def test_a_state_of_another_precision_is_refused(made: str, used: str) -> None:
+    model, optimizer = Steep(), sgd(0.1)
+    step = make_step(model, loss=summed, optimizer=optimizer, precision=used)
+    with pytest.raises(ConfigError, match="disagree about the precision"):
+        step(trainfn.init(model, optimizer, precision=made), torch.ones(1, 2))

@@ -11,6 +11,7 @@ import torch
 from trainfn.batch import Batch, micro_batches
 from trainfn.data import Loader
 from trainfn.engine import CompiledStep
+from trainfn.errors import ConfigError
 from trainfn.metric import Metric, resolve
 from trainfn.optim.transform import wide
 from trainfn.per_sample import NoiseScale, noise_scale
@@ -29,7 +30,7 @@ def evaluate(
     state: TrainState,
     data: object,
     *,
-    metrics: Sequence[str | Metric] = (),
+    metrics: str | Metric | Sequence[str | Metric] = (),
     batch_size: int = 32,
     collate: Callable[[list[Any]], Batch] | None = None,
     ema: bool = False,
@@ -50,6 +51,9 @@ def evaluate(
     Returns:
         ``{"loss": ..., "weight": ..., ...}``; the loss is NaN when nothing counted.
 
+    Raises:
+        ConfigError: a metric that is unknown or does not fit the loss; ``ema`` of a state that has none.
+
     >>> import trainfn
     >>> model, optimizer = torch.nn.Linear(2, 2), trainfn.optim.sgd(lr=0.1)
     >>> step = trainfn.make_step(model, loss="classification", optimizer=optimizer)
@@ -58,8 +62,11 @@ def evaluate(
     5.0
     """
     loader = data if isinstance(data, Loader) else Loader(data, batch_size=batch_size, shuffle=False, collate=collate)
+    if ema and state.ema is None:
+        raise ConfigError("The state has no moving average.", got="ema=True", hint="init(..., ema=True)")
+    chosen = [metrics] if isinstance(metrics, (str, Metric)) else metrics
     strategy = (step.step if isinstance(step, CompiledStep) else step).strategy
-    measured = [resolve(metric, strategy) for metric in metrics]
+    measured = [resolve(metric, strategy) for metric in chosen]
     return _means(step, state, loader, measured, loader.batches_per_epoch, ema=ema)
 
 

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from trainfn.batch import Batch
+from trainfn.errors import ConfigError
 from trainfn.evaluation import check_noise, evaluate_plan, noise_columns
-from trainfn.halt import divergence, make_halt_check
+from trainfn.halt import divergence, make_finite_check, make_halt_check
 from trainfn.loss import Loss
 from trainfn.metric import Metric
 from trainfn.observers import Observer, Progress, Recorder, Row
@@ -50,7 +51,12 @@ class FitResult:
 
         Args:
             ema: take the moving average of the parameters; if None, whenever the run kept one.
+
+        Raises:
+            ConfigError: the run kept no average.
         """
+        if ema and self.state.ema is None:
+            raise ConfigError("The run kept no moving average.", got="model(ema=True)", hint="train with ema=0.999")
         averaged = self.state.ema or {}
         values = self.state.params | (averaged if ema is None or ema else {}) | self.state.buffers
         with torch.no_grad():
@@ -95,7 +101,8 @@ def fit(
     Raises:
         ConfigError, DataError, ModelError, CheckpointError: before the first step; see :func:`trainfn.plan`.
         DivergenceError: too many steps in a row gave non-finite numbers. The last good state is saved first, and the
-            error tells, by a replay, which example, module or parameter they came from.
+            error tells, by a replay, which example, module or parameter they came from. Or the state itself is no
+            longer finite, because of an update or a forward; it is not saved.
 
     >>> _ = torch.manual_seed(0)
     >>> x = torch.randn(64, 2)
@@ -117,6 +124,7 @@ def carry_out(planned: Plan, observers: Sequence[Observer] = ()) -> FitResult:
     check_noise(planned)
     recorder, progress = Recorder(planned), Progress(planned)
     must_halt, checkpoint = make_halt_check(planned), planned.resumed_from
+    check_finite = make_finite_check(planned)
     last = {"val_loss": math.nan}
 
     def keep(state: TrainState) -> Path | None:
@@ -135,7 +143,9 @@ def carry_out(planned: Plan, observers: Sequence[Observer] = ()) -> FitResult:
         if must_halt(state, due.row):
             refused = recorder.last_refused(state)
             recorder.row(state, {})
-            raise divergence(planned, state, refused, keep(state))
+            raise divergence(planned, state, *refused, keep)
+        if due.evaluation or due.checkpoint:
+            check_finite(state, checkpoint)
         if due.row:
             metrics = evaluate_plan(planned, state) if due.evaluation else {}
             if due.noise:
@@ -201,11 +211,9 @@ def _due(planned: Plan, cursor: int) -> _Due:
 
 
 def _best(rows: list[Row]) -> Row | None:
-    for name in ("val_loss", "loss"):
-        finite = [row for row in rows if math.isfinite(row.get(name, math.nan))]
-        if finite:
-            return min(finite, key=lambda row: float(row[name]))
-    return None
+    name = "val_loss" if any("val_loss" in row for row in rows) else "loss"
+    finite = [row for row in rows if math.isfinite(row.get(name, math.nan))]
+    return min(finite, key=lambda row: float(row[name]), default=None)
 
 
 def _ending(planned: Plan, state: TrainState, seconds: float, val_loss: float, checkpoint: Path | None) -> str:

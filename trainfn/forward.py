@@ -2,7 +2,8 @@
 
 The rule, in order: fields of a dict go to the parameters of the same name; if one required parameter and one input
 field are left over, they belong together; targets are passed only to a parameter that requires them (so a model that
-can compute its own loss does not compute it twice). Tuples and tensors go in by position.
+can compute its own loss does not compute it twice), or to ``labels`` of a model that makes its ``decoder_input_ids`` of
+them. Tuples and tensors go in by position.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ def make_arguments(model: nn.Module) -> Callable[[Batch], Arguments]:
     required = [p.name for p in parameters if p.name in named and p.default is p.empty]
     by_position = [p.name for p in parameters if p.kind in _POSITIONAL]
     room = float("inf") if any(p.kind is p.VAR_POSITIONAL for p in parameters) else len(by_position)
+    makes_decoder_inputs = {"labels", "decoder_input_ids"} <= set(named)
     takes_any_name = not named and any(p.kind is p.VAR_KEYWORD for p in parameters)
 
     def arguments(batch: Batch) -> Arguments:
@@ -52,6 +54,8 @@ def make_arguments(model: nn.Module) -> Callable[[Batch], Arguments]:
             return (), fields
         kwargs = {name: value for name, value in fields.items() if name in named}
         kwargs |= {name: batch[name] for name in required if name in batch}
+        if makes_decoder_inputs and "labels" in batch and "decoder_input_ids" not in batch:
+            kwargs["labels"] = batch["labels"]
         missing = [name for name in required if name not in kwargs]
         spare = [name for name in fields if name not in kwargs]
         if (len(missing) == 1 and len(spare) == 1) or (not kwargs and len(spare) == 1 and len(missing) <= 1 and named):

@@ -24,7 +24,7 @@ from trainfn.loss import Loss, LossSum, as_loss_sum, low_precision_safe
 from trainfn.precision import LossScale, backward_unit, cast, lowered
 from trainfn.precision import resolve as resolve_precision
 from trainfn.state import Buffers, Params, trainable
-from trainfn.tree import map_leaves, record
+from trainfn.tree import evolve, map_leaves, record, widened
 
 
 @record
@@ -136,6 +136,13 @@ def make_gradients(model: nn.Module, loss: Loss, precision: str = "32-true") -> 
                 )
             unit = None if scale is None else backward_unit(scale, result.weight.detach()).to(result.total.dtype)
             found = torch.autograd.grad(result.total, list(views.values()), grad_outputs=unit, allow_unused=True)
+        sparse = [name for name, grad in zip(views, found, strict=True) if grad is not None and grad.is_sparse]
+        if sparse:
+            raise ModelError(
+                "A gradient is sparse, which no optimizer here takes.",
+                where=", ".join(sparse),
+                hint="make the layer dense: nn.Embedding(..., sparse=False)",
+            )
         grads = {
             name: torch.zeros_like(view) if grad is None else grad.detach()
             for (name, view), grad in zip(views.items(), found, strict=True)
@@ -180,8 +187,13 @@ def fold(
     *,
     scale: LossScale | None = None,
 ) -> Gradients:
-    """Return the merged contributions of micro-batches, taken in order; each sees the buffers the last one left."""
+    """Return the merged contributions of micro-batches, taken in order; each sees the buffers the last one left.
+
+    Sums of several are made in float32 or wider: in bfloat16, 256 and 1 are 256.
+    """
     result = gradients(params, buffers, batches[0], scale=scale)
+    if len(batches) > 1:
+        result = evolve(result, grads=map_leaves(widened, result.grads))
     for batch in batches[1:]:
         result = merge(result, gradients(params, result.buffers, batch, scale=scale))
     return result

@@ -10,18 +10,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from trainfn.batch import Batch
 from trainfn.diagnose import Diagnosis, diagnose
 from trainfn.errors import CheckpointError, DivergenceError, listed
-from trainfn.health import Verdict
+from trainfn.health import SPIKES, Verdict
 from trainfn.plan import Plan
-from trainfn.state import TrainState
+from trainfn.state import Report, TrainState
 from trainfn.store import save_capsule
-from trainfn.tree import evolve
+from trainfn.tree import evolve, named_leaves
 
 _REMEDIES = {
-    "parameter": "the model is not finite: look at how its weights are made or loaded",
-    "buffer": "the model is not finite: look at how its buffers are made or loaded",
+    "parameter": "if the model was finite when it was made, an update has spoilt it: look at lr, its schedule, and eps",
+    "buffer": "if the model was finite when it was made, a forward has spoilt it: look for examples of extreme size",
     "batch": "mend these examples or leave them out",
     "cast": 'scale the inputs down, or use precision="bf16-mixed" or "32-true"',
     "module": "look in this module for logarithms, roots, quotients and masks that mask everything; lower lr",
@@ -34,51 +36,98 @@ _REMEDIES = {
 
 def make_halt_check(planned: Plan) -> Callable[[TrainState, bool], bool]:
     """Return ``(state, row is due) -> whether the run has to stop``."""
-    config, before = planned.config, _skipped_spikes(planned.state)
 
     def must_halt(state: TrainState, row: bool) -> bool:
-        # Reading the verdicts is free on a CPU and a sync on a GPU, where it waits for the next row. Nothing is lost
-        # by that: the device has refused the bad steps already.
-        if planned.device.type != "cpu" and not row:
-            return False
-        if int(state.health.streak) >= config.halt_after:
-            return True
-        return config.on_spike == "halt" and _skipped_spikes(state) > before
+        # To ask is free on a CPU and a sync on a GPU, where it waits for the next row. Nothing is lost by that: from
+        # the step on at which the run had to stop, the device has refused every one.
+        return (planned.device.type == "cpu" or row) and bool(state.health.halted)
 
     return must_halt
 
 
-def divergence(planned: Plan, state: TrainState, cursor: int, checkpoint: Path | None) -> DivergenceError:
+def make_finite_check(planned: Plan) -> Callable[[TrainState, Path | None], None]:
+    """Return ``(state, last checkpoint) -> None``, which raises if a tensor has lost its finiteness in this run.
+
+    Verdicts are about losses and gradients. An update of a finite gradient may still be infinite (a schedule that gives
+    NaN, an eps of 0, a float16 parameter), and so may a statistic of a finite batch.
+    """
+    before = _not_finite(planned.state)  # a mask may be -inf from the beginning
+
+    def check_finite(state: TrainState, checkpoint: Path | None) -> None:
+        lost = [name for name in _not_finite(state) if name not in before]
+        if lost:
+            raise DivergenceError(
+                "Training was halted: the state is no longer finite, though losses and gradients were.",
+                where=f"by step {state.cursor}: {listed(lost, 8)}",
+                expected="finite parameters, moments and buffers",
+                hint="for parameters and moments, look at lr, its schedule, eps, and float16; for buffers, look for "
+                f"examples of extreme size. This state was not saved; the last checkpoint is {checkpoint or 'none'}",
+            )
+
+    return check_finite
+
+
+def divergence(
+    planned: Plan, state: TrainState, cursor: int, report: Report, keep: Callable[[TrainState], Path | None]
+) -> DivergenceError:
     """Return the error that ends the run, with the diagnosis of the step that was refused, and its capsule.
 
     Args:
         planned: the run.
         state: the last state.
-        cursor: number of the batch whose step is to be explained. No step was applied since: the state that it was
-            refused on is this one, but for what has been counted.
-        checkpoint: where the last good state is saved, or None.
+        cursor: number of the batch that made the run halt. No step was applied since: the state that it was refused on
+            is this one, but for what has been counted.
+        report: on its step.
+        keep: saves a state.
     """
     examples = planned.loader.indices(cursor).tolist()
     batch = planned.to_device(planned.loader.batch(cursor))
-    before = evolve(state, cursor=cursor)
+    health = evolve(state.health, halted=torch.zeros_like(state.health.halted))
+    before = evolve(state, cursor=cursor, health=health)
     found: Diagnosis | None = None
     try:
         found = diagnose(planned.step.step, before, batch)
         said = [*found.lines, *_bad_examples(found, examples)]
     except Exception as failure:  # which must not hide why the run ends
         said = [f"The step could not be replayed: {type(failure).__name__}: {failure}"]
+    cause = "none" if found is None else found.cause
+    what = f"{int(state.health.streak)} steps in a row gave non-finite numbers"
+    verdict = Verdict(int(report.verdict))
+    if verdict in SPIKES:
+        what = "a step stood out from its recent past"
+        said = [_spike(verdict, report, state), *said[1:]]
     capsule, kept = _keep(planned, before, batch, examples, found)
-    streak = int(state.health.streak)
-    what = f"{streak} steps in a row gave non-finite numbers" if streak else "a step stood out from its recent past"
-    intact = "and saved in " + str(checkpoint) if checkpoint else "but saved only with out_dir="
     error = DivergenceError(
         f"Training was halted: {what}.",
         where=f"step {cursor + 1}, examples [{listed(examples)}]",
         got="\n    ".join(said),
-        hint=f"{_REMEDIES['none' if found is None else found.cause]}\n    {kept}\n    the state is intact, {intact}",
+        hint="\n    ".join([_REMEDIES[cause], kept, _saved(cause, state, keep)]),
     )
     error.diagnosis, error.capsule = found, capsule
     return error
+
+
+def _spike(verdict: Verdict, report: Report, state: TrainState) -> str:
+    mean = state.health.baseline.mean
+    usual = f"loss {float(mean[0]):.4g}, gradient norm {float(mean[2].exp()):.4g}"
+    now = f"loss {float(report.loss):.4g}, gradient norm {float(report.grad_norm):.4g}"
+    return f"{verdict.sentence}; it has {now}, where {usual} are usual"
+
+
+def _saved(cause: str, state: TrainState, keep: Callable[[TrainState], Path | None]) -> str:
+    if cause in ("parameter", "buffer"):
+        return "the state is not saved, because it is not finite"
+    try:
+        checkpoint = keep(state)
+    except CheckpointError as failure:  # which must not hide why the run ends
+        return f"the state is intact, but could not be saved: {failure.what}"
+    return f"the state is intact, and saved in {checkpoint}" if checkpoint else "the state is saved only with out_dir="
+
+
+def _not_finite(state: TrainState) -> set[str]:
+    whole = {"params": state.params, "buffers": state.buffers, "opt": state.opt, "ema": state.ema}
+    with torch.no_grad():
+        return {name for name, leaf in named_leaves(whole) if leaf.is_floating_point() and not leaf.isfinite().all()}
 
 
 def _bad_examples(found: Diagnosis, examples: list[int]) -> list[str]:
@@ -107,8 +156,3 @@ def _keep(
     except CheckpointError as error:  # this must not hide why the run ends
         return None, f"the step could not be kept: {error.what}"
     return path, f'trainfn.replay("{path}", step) takes the step again'
-
-
-def _skipped_spikes(state: TrainState) -> int:
-    counts = state.stats.outcomes.tolist()
-    return int(counts[Verdict.LOSS_SPIKE_SKIPPED] + counts[Verdict.GRADIENT_SPIKE_SKIPPED])

@@ -66,8 +66,9 @@ class Verdict(enum.IntEnum):
     NON_FINITE_GRADIENT = 4
     EMPTY = 5
     OVERFLOW = 6
-    LOSS_SPIKE_SKIPPED = 7
-    GRADIENT_SPIKE_SKIPPED = 8
+    HALTED = 7
+    LOSS_SPIKE_SKIPPED = 8
+    GRADIENT_SPIKE_SKIPPED = 9
 
     @property
     def sentence(self) -> str:
@@ -94,6 +95,7 @@ _SENTENCES = {
     Verdict.NON_FINITE_GRADIENT: "a gradient is NaN or infinite: the step was skipped",
     Verdict.EMPTY: "nothing in the batch counted (weight 0): the step was skipped",
     Verdict.OVERFLOW: "a float16 gradient overflowed: the step was skipped and the loss scale halved",
+    Verdict.HALTED: "the run was to stop at an earlier step: the step was skipped",
     Verdict.LOSS_SPIKE: "the loss is far above its recent past: the step was applied",
     Verdict.GRADIENT_SPIKE: "the gradient norm is far above its recent past: the step was applied",
     Verdict.LOSS_SPIKE_SKIPPED: "the loss is far above its recent past: the step was skipped",
@@ -144,7 +146,7 @@ def judge_spike(
     >>> def verdict(loss, grad_norm):
     ...     return int(judge_spike(state, torch.tensor(0), torch.tensor(loss), torch.tensor(grad_norm), skip=True)[0])
     >>> verdict(2.1, 1.2), verdict(20.0, 1.2), verdict(2.1, 12.0)
-    (0, 7, 8)
+    (0, 8, 9)
     """
     wide = baseline.mean.dtype
     loss, grad_norm = loss.to(wide), grad_norm.to(wide)
@@ -166,16 +168,38 @@ def judge_spike(
     return torch.where(spikes, code, verdict), _learn(baseline, x, least, known & ~spikes, ok, spikes)
 
 
-def track(health: Health, verdict: Tensor, applied: Tensor, baseline: Baseline) -> Health:
+def track(
+    health: Health,
+    verdict: Tensor,
+    applied: Tensor,
+    baseline: Baseline,
+    *,
+    halt_after: int | None = None,
+    on_spike: OnSpike = "off",
+) -> Health:
     """Return the health after a step. An empty batch, an overflow or a spike neither adds to a streak nor ends it.
 
-    >>> zero, none = torch.tensor(0), torch.zeros(3)
+    Args:
+        health: before it.
+        verdict: on it, [] int64.
+        applied: whether it was applied, [] bool.
+        baseline: with it.
+        halt_after: length of the streak at which the run has to stop; None for never.
+        on_spike: ``"halt"`` if it has to stop at a spike.
+
+    >>> zero, none, no = torch.tensor(0), torch.zeros(3), torch.tensor(False)
     >>> baseline = Baseline(mean=none, spread=none, last=none, count=none, lasting=zero)
-    >>> track(Health(streak=zero, baseline=baseline), torch.tensor(4), torch.tensor(False), baseline).streak
-    tensor(1)
+    >>> after = track(Health(streak=zero, halted=no, baseline=baseline), torch.tensor(4), no, baseline, halt_after=1)
+    >>> after.streak, after.halted
+    (tensor(1), tensor(True))
     """
     bad = (verdict == int(Verdict.NON_FINITE_LOSS)) | (verdict == int(Verdict.NON_FINITE_GRADIENT))
-    return Health(streak=torch.where(applied, 0, health.streak + bad), baseline=baseline)
+    streak, halted = torch.where(applied, 0, health.streak + bad), health.halted
+    if halt_after is not None:
+        halted = halted | (bad & (streak >= halt_after))
+    if on_spike == "halt":
+        halted = halted | (verdict >= int(Verdict.LOSS_SPIKE_SKIPPED))
+    return Health(streak=streak, halted=halted, baseline=baseline)
 
 
 def add_up(

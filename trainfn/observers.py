@@ -48,10 +48,10 @@ class Recorder:
         """Remember the report of a step."""
         self._pending.append(state.report)
 
-    def last_refused(self, state: TrainState) -> int:
-        """Return the number of the batch whose step was the last to be refused since the last row."""
+    def last_refused(self, state: TrainState) -> tuple[int, Report]:
+        """Return the batch that made the run halt, by number, and the report on its step; since the last row."""
         refused = [number for number, verdict in self._verdicts(state).items() if verdict in REFUSED]
-        return refused[-1] if refused else state.cursor - 1
+        return refused[-1], self._pending[refused[-1] - state.cursor]
 
     def row(self, state: TrainState, metrics: Mapping[str, float]) -> Row:
         """Read the pending reports, and write and return the row that they and the metrics make."""

@@ -24,7 +24,7 @@ from trainfn.state import TrainState, init
 from trainfn.step import Step, make_step, surroundings
 from trainfn.store import Manifest, restore, steps
 from trainfn.task.config import TrainConfig, make_config
-from trainfn.tree import batch_length, describe, map_leaves
+from trainfn.tree import batch_length, describe, evolve, map_leaves
 
 _ARGUMENTS = ("loss", "val_data", "metrics", "optimizer", "collate", "observers")
 _POSITION_SETTINGS = ("seed", "batch_size", "accumulate", "shuffle", "drop_last")
@@ -97,6 +97,7 @@ def plan(
     (6, 0)
     """
     config = make_config(settings, also=_ARGUMENTS)
+    asked = config
     if config.fast_dev_run:
         config = attrs.evolve(config, max_steps=2, out_dir=None, resume=None, compile="eager", log_every=1)
     if optimizer is not None and not {"lr", "warmup_steps"}.isdisjoint(settings):
@@ -105,12 +106,16 @@ def plan(
             got=f"optimizer={optimizer.name} and lr or warmup_steps",
             hint="leave out lr and warmup_steps: they are settings of the default optimizer",
         )
+    if config.eval_every is not None and val_data is None:
+        raise ConfigError(
+            "There is nothing to evaluate on.", got=f"eval_every={config.eval_every}", hint="pass val_data="
+        )
     measured = _metrics(metrics, loss, val_data)
     device = _device(config.device)
     loader, val_loader = _loaders(config, data, val_data, collate, device)
-    stop = min(config.max_steps or 2**62, (config.max_epochs or 2**62) * loader.batches_per_epoch)
+    stop = _stop(config, loader)
     if optimizer is None:
-        optimizer = adamw(lr=_default_schedule(config, stop), decay=matrices_only)
+        optimizer = adamw(lr=_default_schedule(asked, _stop(asked, loader)), decay=matrices_only)
     step = make_step(
         model,
         loss=loss,
@@ -120,6 +125,7 @@ def plan(
         ema=config.ema,
         precision=config.precision,
         on_spike=config.on_spike,
+        halt_after=config.halt_after,
     )
     state = init(
         model, optimizer, seed=config.seed, ema=config.ema is not None, precision=config.precision, device=device
@@ -189,6 +195,10 @@ def _loaders(
     return loader, Loader(
         val_data, batch_size=config.batch_size, shuffle=False, workers=config.workers, pin=pin, collate=collate
     )
+
+
+def _stop(config: TrainConfig, loader: Loader) -> int:
+    return min(config.max_steps or 2**62, (config.max_epochs or 2**62) * loader.batches_per_epoch)
 
 
 def _default_schedule(config: TrainConfig, stop: int) -> Any:
@@ -272,6 +282,9 @@ def _resume(
         return state, None, None
     source = config.out_dir if config.resume == "auto" else config.resume
     state, manifest = restore(source or "", like=state)
+    if bool(state.health.halted):  # it was halted, and someone has decided to go on
+        health = evolve(state.health, streak=torch.zeros_like(state.health.streak), halted=~state.health.halted)
+        state = evolve(state, health=health)
     _check_position(manifest, record)
     newer = [path.name for path in found if config.resume != "auto" and path.name > f"step_{state.cursor:08d}"]
     if newer:

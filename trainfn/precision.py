@@ -37,6 +37,9 @@ _FIRST_SCALE = 65_536.0
 _GROWTH_INTERVAL = 2_000
 
 
+_MEANT = ', or say precision="bf16-true" if this is meant'
+
+
 class PrecisionWarning(UserWarning):
     """Numbers will be rounded where that may not have been meant."""
 
@@ -182,14 +185,15 @@ def check_precision(model: nn.Module, name: str) -> None:
     >>> with pytest.warns(PrecisionWarning, match="bfloat16 already"):
     ...     check_precision(nn.Linear(2, 2, dtype=torch.bfloat16), "bf16-mixed")
     """
-    low = {n: p.dtype for n, p in model.named_parameters() if p.dtype in (torch.bfloat16, torch.float16)}
+    halves = (torch.bfloat16, torch.float16)
+    low = {n: p.dtype for n, p in model.named_parameters() if p.requires_grad and p.dtype in halves}
     if not low or resolve(name).stored in low.values():
         return
     dtypes = ", ".join(sorted({str(dtype).removeprefix("torch.") for dtype in low.values()}))
     text = (
-        f"{len(low)} parameters are in {dtypes} already, {next(iter(low))} first: with precision={name!r} there is no "
-        "float32 master copy, and small updates will be rounded away. Load the model in float32 "
-        '(dtype=torch.float32, model.float()), or say precision="bf16-true" if this is meant.'
+        f"{len(low)} trained parameters are in {dtypes} already, {next(iter(low))} first: with {name!r} there "
+        "is no float32 master copy, and small updates will be rounded away. Load the model in float32 "
+        f"(dtype=torch.float32, model.float()){_MEANT if name != 'bf16-true' else ''}."
     )
     warnings.warn(text, PrecisionWarning, stacklevel=3)
 

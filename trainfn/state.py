@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from trainfn.errors import ConfigError, ModelError
 from trainfn.precision import LossScale, first_scale, lowered, resolve
-from trainfn.tree import Tree, record
+from trainfn.tree import Tree, record, widened
 
 Params = dict[str, Tensor]
 """Tensors by ``named_parameters()`` name; those that are trained have ``requires_grad=True``. Tied ones appear once."""
@@ -25,11 +25,11 @@ class Report:
     """What the last step did. 0-d tensors that stay on the device until someone reads them.
 
     Attributes:
-        loss: total over weight, [] (nats per token for language modelling; NaN before the first step).
-        weight: what the loss was divided by, [] (tokens, examples, ...).
+        loss: total over weight, [] float64 (nats per token for language modelling; NaN before the first step).
+        weight: what the loss was divided by, [] float64 (tokens, examples, ...).
         grad_norm: 2-norm of the mean gradient before clipping, [] float64.
         grad_norms: the same for each trained parameter, [number of them] float64, in their order in the state.
-        lr: learning rate of this step, [] (NaN where the optimizer has none).
+        lr: learning rate of this step, [] float64 (NaN where the optimizer has none).
         verdict: [] int64, a :class:`trainfn.health.Verdict` code.
     """
 
@@ -68,10 +68,12 @@ class Health:
 
     Attributes:
         streak: [] int64, steps skipped in a row for non-finite numbers, up to and including the last.
+        halted: [] bool, whether the run has to stop: from then on no step is applied.
         baseline: against which a spike stands out.
     """
 
     streak: Tensor
+    halted: Tensor
     baseline: Baseline
 
 
@@ -99,7 +101,7 @@ class TrainState:
         params: trained and frozen parameters by name.
         buffers: buffers by name.
         opt: the optimizer's state, a tree.
-        ema: exponential moving average of the trained parameters, or None.
+        ema: exponential moving average of the trained parameters, or None; of 16-bit ones in float32.
         scale: loss scale, for float16, or None.
         health: what verdicts are based on.
         stats: what has been added up.
@@ -185,10 +187,11 @@ def init(
             params=params,
             buffers=buffers,
             opt=optimizer.init(trained),
-            ema={name: param.clone() for name, param in trained.items()} if ema else None,
+            ema={name: widened(param).clone() for name, param in trained.items()} if ema else None,
             scale=first_scale(home) if policy.scaled else None,
             health=Health(
                 streak=torch.zeros((), dtype=torch.int64, device=home),
+                halted=torch.zeros((), dtype=torch.bool, device=home),
                 baseline=Baseline(
                     mean=torch.zeros(3, dtype=wide, device=home),
                     spread=torch.zeros(3, dtype=wide, device=home),
@@ -203,11 +206,11 @@ def init(
                 outcomes=torch.zeros(16, dtype=torch.int64, device=home),
             ),
             report=Report(
-                loss=torch.full((), math.nan, device=home),
-                weight=torch.zeros((), device=home),
+                loss=torch.full((), math.nan, dtype=wide, device=home),
+                weight=torch.zeros((), dtype=wide, device=home),
                 grad_norm=torch.full((), math.nan, dtype=wide, device=home),
                 grad_norms=torch.full((len(trained),), math.nan, dtype=wide, device=home),
-                lr=torch.full((), math.nan, device=home),
+                lr=torch.full((), math.nan, dtype=wide, device=home),
                 verdict=torch.zeros((), dtype=torch.int64, device=home),
             ),
             seed=seed,
@@ -229,6 +232,13 @@ def _check_parameters(model: nn.Module, frozen: Callable[[str, Tensor], bool]) -
             expected="at least one parameter with requires_grad=True",
             got=f"{sum(1 for _ in model.parameters())} parameters, all frozen or none at all",
             hint="call requires_grad_() on the parameters that should learn, and look at what the optimizer freezes",
+        )
+    complex_ones = [name for name, param in model.named_parameters() if param.is_complex() and param.requires_grad]
+    if complex_ones:
+        raise ModelError(
+            "Complex parameters cannot be trained here.",
+            where=", ".join(complex_ones),
+            hint="hold the real and the imaginary part (torch.view_as_real) and join them in the forward",
         )
 
 

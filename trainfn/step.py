@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import get_args
+from functools import partial
+from typing import Protocol, get_args
 
 import attrs
 import torch
@@ -35,10 +36,18 @@ from trainfn.optim.clip import check_max_norm, clip_factor
 from trainfn.optim.moments import one_minus_power
 from trainfn.optim.transform import wide
 from trainfn.precision import LossScale, next_scale
+from trainfn.precision import resolve as resolve_precision
 from trainfn.state import Buffers, Params, Report, TrainState, trainable
 from trainfn.tree import evolve, leaf_norms, select
 
-UpdateFn = Callable[[TrainState, Gradients], TrainState]
+
+class UpdateFn(Protocol):
+    """``(state, Gradients) -> state``.
+
+    ``norms`` ([parameters]) are those of each parameter's summed gradient, where the gradients are packs of several.
+    """
+
+    def __call__(self, state: TrainState, found: Gradients, /, norms: Tensor | None = None) -> TrainState: ...
 
 
 @attrs.frozen(eq=False)
@@ -53,7 +62,7 @@ class Step:
         forward: ``(params, buffers, batch) -> outputs``.
         criterion: ``(outputs, batch) -> LossSum``.
         gradients: ``(params, buffers, batch) -> Gradients``.
-        update: ``(state, Gradients) -> state``.
+        update_with: ``optimizer -> update``; :mod:`trainfn.engine` binds the optimizer to packs.
         accumulate: number of micro-batches a batch is divided into.
         precision: name of the policy, see :mod:`trainfn.precision`.
         optimizer: the Transform that ``update`` applies.
@@ -64,10 +73,15 @@ class Step:
     forward: ForwardFn
     criterion: Criterion
     gradients: GradientsFn
-    update: UpdateFn
+    update_with: Callable[[Transform], UpdateFn]
     accumulate: int
     precision: str
     optimizer: Transform
+
+    @property
+    def update(self) -> UpdateFn:
+        """``(state, Gradients) -> state``."""
+        return self.update_with(self.optimizer)
 
     def __call__(self, state: TrainState, batch: Batch) -> TrainState:
         """Return the state after one step. Neither ``state`` nor ``batch`` nor the global RNG is written to."""
@@ -96,7 +110,9 @@ class Step:
             params: used in place of the state's parameters of the same names, for example ``state.ema``.
         """
         with surroundings(self.model, state, training=False):
-            outputs = self.forward(state.params | (params or {}), dict(state.buffers), batch)
+            chosen = {name: value.to(state.params[name].dtype) for name, value in (params or {}).items()}
+            buffers = {name: buffer.clone() for name, buffer in state.buffers.items()}
+            outputs = self.forward(state.params | chosen, buffers, batch)
             return {"loss": self.criterion(outputs, batch)} | {
                 metric.name: metric.measure(outputs, batch) for metric in metrics
             }
@@ -112,6 +128,7 @@ def make_step(
     ema: float | None = None,
     precision: str = "32-true",
     on_spike: OnSpike = "off",
+    halt_after: int | None = None,
 ) -> Step:
     """Return the pure function ``step(state, batch) -> state`` that trains ``model``.
 
@@ -129,7 +146,8 @@ def make_step(
         ema: decay of the moving average of the parameters, in [0, 1); needs ``init(..., ema=True)``.
         precision: name of a policy, see :mod:`trainfn.precision`; the same as in ``init(..., precision=)``.
         on_spike: what to do about a loss or gradient norm far above its recent past, see :mod:`trainfn.health`:
-            ``"off"``, ``"warn"`` (apply it and say so), ``"skip"``, or ``"halt"`` (skip it, and ``fit`` stops).
+            ``"off"``, ``"warn"`` (apply it and say so), ``"skip"``, or ``"halt"`` (skip it and every step after it).
+        halt_after: this many steps in a row with non-finite numbers, and no step after them is applied; None for never.
 
     Raises:
         ConfigError: a setting is out of range.
@@ -149,6 +167,8 @@ def make_step(
         check_max_norm(clip_norm)
     if ema is not None and not 0.0 <= ema < 1.0:
         raise ConfigError("The EMA decay is out of range.", expected="a number in [0, 1), or None", got=repr(ema))
+    if halt_after is not None and (isinstance(halt_after, bool) or not isinstance(halt_after, int) or halt_after < 1):
+        raise ConfigError("halt_after is out of range.", expected="an int >= 1, or None", got=repr(halt_after))
     if on_spike not in get_args(OnSpike):
         raise ConfigError(
             "There is no such answer to a spike.", got=repr(on_spike), hint=suggest(str(on_spike), get_args(OnSpike))
@@ -161,7 +181,14 @@ def make_step(
         forward=make_forward(model, precision),
         criterion=make_criterion(strategy, precision),
         gradients=make_gradients(model, strategy, precision),
-        update=make_update(optimizer, clip_norm=clip_norm, ema=ema, on_spike=on_spike),
+        update_with=partial(
+            make_update,
+            clip_norm=clip_norm,
+            ema=ema,
+            on_spike=on_spike,
+            halt_after=halt_after,
+            scaled=resolve_precision(precision).scaled,
+        ),
         accumulate=accumulate,
         precision=precision,
         optimizer=optimizer,
@@ -169,25 +196,34 @@ def make_step(
 
 
 def make_update(
-    optimizer: Transform, *, clip_norm: float | None = None, ema: float | None = None, on_spike: OnSpike = "off"
+    optimizer: Transform,
+    *,
+    clip_norm: float | None = None,
+    ema: float | None = None,
+    on_spike: OnSpike = "off",
+    halt_after: int | None = None,
+    scaled: bool = False,
 ) -> UpdateFn:
     """Return ``(state, Gradients) -> state``: the one place where sums are divided and anything changes."""
 
-    def update(state: TrainState, found: Gradients) -> TrainState:
+    def update(state: TrainState, found: Gradients, /, norms: Tensor | None = None) -> TrainState:
+        _check_agree(state, averaged=ema is not None, scaled=scaled)
         with torch.no_grad():
             params = {name: param.detach() for name, param in trainable(state.params).items()}
-            norms = leaf_norms(found.grads)
+            norms = leaf_norms(found.grads) if norms is None else norms
             summed_norm = torch.linalg.vector_norm(norms)
-            loss, grad_norm = found.total / found.weight, summed_norm / found.weight
-            verdict = judge(found.total, found.weight, summed_norm, state.scale)
+            total, weight = wide(found.total), wide(found.weight)
+            loss, grad_norm = total / weight, summed_norm / weight
+            verdict = judge(total, weight, summed_norm, state.scale)
+            verdict = torch.where(state.health.halted, int(Verdict.HALTED), verdict)
             baseline = state.health.baseline
             if on_spike != "off":
                 verdict, baseline = judge_spike(baseline, verdict, loss, grad_norm, skip=on_spike != "warn")
             applied = is_applied(verdict)
-            factor = torch.reciprocal(found.weight.to(grad_norm.dtype))
+            factor = torch.reciprocal(weight)
             if clip_norm is not None:
                 factor = factor * clip_factor(grad_norm, clip_norm)
-            grads = {name: grad * factor.to(grad.dtype) for name, grad in found.grads.items()}
+            grads = {name: (g * factor.to(g.dtype)).to(params[name].dtype) for name, g in found.grads.items()}
             updates, opt = optimizer.update(grads, state.opt, params, state.step)
             new = select(applied, {name: param + updates[name] for name, param in params.items()}, params)
             return evolve(
@@ -197,15 +233,15 @@ def make_update(
                 buffers=select(applied, found.buffers, state.buffers),
                 opt=select(applied, opt, state.opt),
                 ema=_average(state, new, applied, ema),
-                scale=_rescale(state.scale, verdict, summed_norm),
-                health=track(state.health, verdict, applied, baseline),
-                stats=add_up(state.stats, verdict, applied, found.weight, found.micro_batches),
+                scale=_rescale(state.scale, verdict),
+                health=track(state.health, verdict, applied, baseline, halt_after=halt_after, on_spike=on_spike),
+                stats=add_up(state.stats, verdict, applied, weight, found.micro_batches),
                 report=Report(
                     loss=loss,
-                    weight=found.weight,
+                    weight=weight,
                     grad_norm=grad_norm,
-                    grad_norms=norms / found.weight,
-                    lr=_rate(optimizer, state.step, found.total),
+                    grad_norms=norms / weight,
+                    lr=torch.full_like(loss, float("nan")) if optimizer.lr is None else wide(optimizer.lr(state.step)),
                     verdict=verdict,
                 ),
             )
@@ -233,22 +269,34 @@ def _average(state: TrainState, new: Params, applied: Tensor, decay: float | Non
     As with Adam's moments, the correction of the bias of a beginning at 0; here in a recursion that is never biased.
     """
     old = state.ema
-    if (old is None) != (decay is None):
-        raise ConfigError(
-            "The state and the step disagree about the moving average of the parameters.",
-            expected="init(..., ema=True) together with make_step(..., ema=decay)",
-            got=f"a state {'without' if old is None else 'with'} ema, a step with ema={decay}",
-        )
     if old is None or decay is None:
         return None
     share = (1.0 - decay) / one_minus_power(decay, wide(state.step) + 1.0)
-    return select(applied, {name: torch.lerp(old[name], new[name], share.to(new[name].dtype)) for name in old}, old)
+    moved = {name: torch.lerp(mean, new[name].to(mean.dtype), share.to(mean.dtype)) for name, mean in old.items()}
+    return select(applied, moved, old)
 
 
-def _rescale(scale: LossScale | None, verdict: Tensor, summed_norm: Tensor) -> LossScale | None:
+def _rescale(scale: LossScale | None, verdict: Tensor) -> LossScale | None:
     if scale is None:
         return None
-    return next_scale(scale, overflow=~torch.isfinite(summed_norm), counted=verdict != int(Verdict.EMPTY))
+    says = is_applied(verdict) | (verdict == int(Verdict.OVERFLOW)) | (verdict >= int(Verdict.LOSS_SPIKE_SKIPPED))
+    return next_scale(scale, overflow=verdict == int(Verdict.OVERFLOW), counted=says)
+
+
+def _check_agree(state: TrainState, *, averaged: bool, scaled: bool) -> None:
+    """Raise unless the state was made for this step. Looks at what there is, not at numbers."""
+    if (state.ema is not None) != averaged:
+        raise ConfigError(
+            "The state and the step disagree about the moving average of the parameters.",
+            expected="init(..., ema=True) together with make_step(..., ema=decay)",
+            got=f"a state {'without' if averaged else 'with'} ema, a step {'with' if averaged else 'without'}",
+        )
+    if (state.scale is not None) != scaled:
+        raise ConfigError(
+            "The state and the step disagree about the precision.",
+            expected="init(..., precision=) and make_step(..., precision=) alike",
+            got=f"a state {'without' if scaled else 'with'} a loss scale, a step {'with' if scaled else 'without'}",
+        )
 
 
 def _check_trained(loss: Loss, model: nn.Module, optimizer: Transform) -> None:
@@ -261,12 +309,6 @@ def _check_trained(loss: Loss, model: nn.Module, optimizer: Transform) -> None:
             if not param.requires_grad or (optimizer.frozen is not None and optimizer.frozen(name, param))
         ]
         check([name for name, _ in model.named_parameters() if name not in set(frozen)], frozen)
-
-
-def _rate(optimizer: Transform, step: Tensor, like: Tensor) -> Tensor:
-    if optimizer.lr is None:
-        return torch.full_like(like, float("nan"), dtype=torch.float32)
-    return optimizer.lr(step).to(torch.float32)
 
 
 @contextmanager

@@ -105,18 +105,25 @@ def map_named(fn: Callable[[str, Any], Any], tree: T, prefix: str = "") -> T:
     return cast(T, _rebuild(tree, [map_named(fn, child, _join(prefix, key)) for key, child in _children(tree)]))
 
 
-def map_leaves(fn: Callable[..., Any], tree: T, *rest: Tree) -> T:
+def map_leaves(fn: Callable[..., Any], tree: T, *rest: Tree, is_leaf: Callable[[Any], bool] | None = None) -> T:
     """Return a tree whose leaves are ``fn(leaf, *leaves of rest)``; the trees have one structure, None stays None.
 
     Traceable by ``torch.compile``; costs Python time per leaf, so on a hot path it belongs inside a compiled program.
 
+    Args:
+        fn: takes the leaves of one place.
+        tree, *rest: trees of one structure.
+        is_leaf: what else to take for a leaf, asked of every node of ``tree``.
+
     >>> map_leaves(lambda a, b: a + b, {"w": 1, "b": None}, {"w": 2, "b": None})
     {'w': 3, 'b': None}
+    >>> map_leaves(len, {"a": [1, 2], "b": {"c": [3]}}, is_leaf=lambda node: isinstance(node, list))
+    {'a': 2, 'b': {'c': 1}}
     """
-    if not _is_node(tree):
+    if not _is_node(tree) or (is_leaf is not None and is_leaf(tree)):
         return cast(T, None if tree is None else fn(tree, *rest))
     others = [dict(_children(other)) for other in rest]
-    new = [map_leaves(fn, child, *[other[key] for other in others]) for key, child in _children(tree)]
+    new = [map_leaves(fn, child, *[other[key] for other in others], is_leaf=is_leaf) for key, child in _children(tree)]
     return cast(T, _rebuild(tree, new))
 
 
@@ -156,6 +163,15 @@ def leaf_norms(tree: Tree) -> Tensor:
         return torch.zeros(0, dtype=torch.float64)
     wide = torch.float32 if leaves[0].device.type == "mps" else torch.float64
     return torch.stack([torch.linalg.vector_norm(leaf, dtype=wide) for leaf in leaves])
+
+
+def widened(values: Tensor) -> Tensor:
+    """Return ``values`` in the dtype that sums are made in: float64 stays, all else becomes float32.
+
+    >>> widened(torch.ones(2, dtype=torch.bfloat16))
+    tensor([1., 1.])
+    """
+    return values if values.dtype == torch.float64 else values.float()
 
 
 def batch_length(batch: Tree) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trainfn.batch import Batch
 from trainfn.errors import ConfigError, DataError, ModelError
-from trainfn.tree import batch_length, describe, record
+from trainfn.tree import batch_length, describe, record, widened
 
 
 @record
@@ -74,22 +74,31 @@ def marked_like(base: Any) -> Callable[[L], L]:
 def as_loss_sum(value: LossSum | Tensor, batch: Batch) -> LossSum:
     """Turn what a loss returned into a sum: a 0-d tensor is a mean over examples, so it is multiplied by their number.
 
+    Totals and weights are made in float32 or wider: in 16 bits no count above 2,048 is exact.
+
     Raises:
-        ModelError: the value is neither.
+        ModelError: the value is neither, or a LossSum of something that is no number.
 
     >>> as_loss_sum(torch.tensor(0.5), {"x": torch.ones(4, 2)})
     LossSum(total=tensor(2.), weight=tensor(4.))
+    >>> as_loss_sum(LossSum(total=torch.tensor(6.0), weight=3), None)
+    LossSum(total=tensor(6.), weight=tensor(3.))
     """
-    if isinstance(value, LossSum):
-        return value
-    if not isinstance(value, Tensor) or value.ndim != 0:
+    total, weight = (value.total, value.weight) if isinstance(value, LossSum) else (value, 1)
+    if not isinstance(total, Tensor) or total.ndim != 0 or not total.is_floating_point() or not _is_number(weight):
         raise ModelError(
             "The loss returned something that cannot be added up.",
-            expected="a LossSum(total, weight), or a 0-d tensor: the mean over the batch's examples",
+            expected="a LossSum(total, weight) of 0-d tensors, or a 0-d tensor: the mean over the batch's examples",
             got=describe(value),
+            hint="sum over the elements: reduction='sum' and not 'none'",
         )
+    total = widened(total)
+    if isinstance(value, LossSum):
+        if isinstance(weight, Tensor):
+            return LossSum(total=total, weight=weight.to(total.dtype))
+        return LossSum(total=total, weight=torch.full_like(total, weight, requires_grad=False))
     count = batch_length(batch)
-    return LossSum(total=value * count, weight=torch.full((), float(count), dtype=value.dtype, device=value.device))
+    return LossSum(total=total * count, weight=torch.full_like(total, float(count), requires_grad=False))
 
 
 def logits_of(outputs: Any) -> Tensor:
@@ -155,13 +164,8 @@ def check_labels(labels: Tensor, shape: tuple[int, ...], logits: Tensor) -> None
         )
 
 
-def widened(values: Tensor) -> Tensor:
-    """Return ``values`` in the dtype that sums are made in: float64 stays, all else becomes float32.
-
-    >>> widened(torch.ones(2, dtype=torch.bfloat16))
-    tensor([1., 1.])
-    """
-    return values if values.dtype == torch.float64 else values.float()
+def _is_number(value: Any) -> bool:
+    return value.ndim == 0 if isinstance(value, Tensor) else isinstance(value, (int, float))
 
 
 def check_number(name: str, value: float, *, least: float, most: float = math.inf) -> None:

@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trainfn.errors import ConfigError, ModelError
-from trainfn.loss.base import LossSum, check_number, widened
+from trainfn.loss.base import LossSum, check_number
+from trainfn.tree import widened
 
 CrossEntropy = Callable[[Tensor, Tensor], LossSum]
 """``reduce(logits [N, C, ...], labels [N, ...])``, the labels int64."""

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from trainfn.batch import Batch
 from trainfn.errors import ConfigError, DataError, suggest
-from trainfn.loss.base import Loss, LossSum, check_number, logits_of, widened, widens
+from trainfn.loss.base import Loss, LossSum, check_number, logits_of, widens
 from trainfn.loss.cross_entropy import make_cross_entropy
 from trainfn.loss.reading import Reading, aligned_tokens, examples, next_tokens, reads
-from trainfn.tree import describe
+from trainfn.tree import describe, widened
 
 Base = Literal["classification", "language_modeling", "masked_language_modeling", "seq2seq"]
 Teacher = Callable[[Batch], Any]
@@ -77,16 +77,19 @@ def distillation(
     @reads(Reading(ignore_index=ignore_index, shift=read is next_tokens))
     def loss(outputs: Any, batch: Batch) -> LossSum:
         logits = logits_of(outputs)
-        known = _teacher_logits(teacher, batch, logits)
         rows, labels = read(logits, batch, ignore_index)  # (N, C), (N)
         hard = reduce(rows, labels)
+        if alpha == 0.0:
+            return hard
+        known = _teacher_logits(teacher, batch, logits)
         student = torch.log_softmax(widened(rows) / temperature, dim=1)
         wanted = torch.log_softmax(known.reshape(rows.shape).to(student.dtype) / temperature, dim=1)
         share = wanted.exp()
         # A class that the teacher rules out (a logit of -inf) adds nothing: 0 log 0 = 0.
         each = torch.where(share > 0, share * (wanted - student), 0.0).sum(1)
         soft = torch.where(labels != ignore_index, each, 0.0).sum()
-        return LossSum(total=(1.0 - alpha) * hard.total + alpha * temperature**2 * soft, weight=hard.weight)
+        total = alpha * temperature**2 * soft
+        return LossSum(total=total if alpha == 1.0 else (1.0 - alpha) * hard.total + total, weight=hard.weight)
 
     return loss
 

@@ -103,8 +103,9 @@ def seq2seq(
 ) -> Loss:
     """Return the loss that trains an encoder-decoder: ``labels`` are aligned with the decoder's logits.
 
-    The decoder reads the labels moved one to the right, which is the model's or the data set's business (T5 and BART
-    in Hugging Face do it themselves, from ``labels``); so nothing is shifted here.
+    The decoder reads the labels moved one to the right, which is the model's or the data set's business; so nothing is
+    shifted here. A model whose forward takes ``labels`` and ``decoder_input_ids`` (T5 and BART in Hugging Face) makes
+    the latter of the former, and is given the labels where the batch has no ``decoder_input_ids``.
 
     Args:
         ignore_index, label_smoothing, z_loss, chunk_size: as in :func:`language_modeling`.

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from trainfn.batch import Batch, target
 from trainfn.errors import DataError, ModelError
-from trainfn.loss.base import Loss, LossSum, logits_of, widened, widens
+from trainfn.loss.base import Loss, LossSum, logits_of, widens
 from trainfn.loss.cross_entropy import weights_tensor
 from trainfn.loss.reading import Reading, reads
-from trainfn.tree import describe
+from trainfn.tree import describe, widened
 
 
 def multi_label(*, pos_weight: Sequence[float] | Tensor | None = None, ignore_index: int = -100) -> Loss:

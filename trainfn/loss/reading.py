@@ -23,8 +23,8 @@ from torch import Tensor
 
 from trainfn.batch import TARGET_NAMES, Batch, inputs, target
 from trainfn.errors import ConfigError, DataError, ModelError, suggest
-from trainfn.loss.base import check_labels, logits_of, widened
-from trainfn.tree import describe
+from trainfn.loss.base import check_labels, logits_of
+from trainfn.tree import describe, widened
 
 Pooling = Literal["last", "mean"]
 Target = Literal["classes", "labels", "numbers"]
@@ -132,6 +132,13 @@ def examples(logits: Tensor, batch: Batch, ignore_index: int) -> tuple[Tensor, T
                 4: 'loss="segmentation" is for classes of pixels',
             }.get(logits.ndim),
         )
+    if logits.shape[1] == 1:
+        raise ModelError(
+            "Classification needs logits for two classes or more.",
+            expected="logits [batch, classes]",
+            got=describe(logits),
+            hint='give the model two outputs; one that is above 0 or not is for loss="multi_label"',
+        )
     labels = target(batch)
     check_labels(labels, (logits.shape[0],), logits)
     return logits, labels.long()
@@ -181,7 +188,8 @@ def pixels(logits: Tensor, batch: Batch, ignore_index: int) -> tuple[Tensor, Ten
 def next_tokens(logits: Tensor, batch: Batch, ignore_index: int) -> tuple[Tensor, Tensor]:
     """Return logits [B * T, V] and, for each, the token that comes next, [B * T]; after the last one, none counts.
 
-    Labels are the batch's target field, or else the token ids themselves, without those where ``attention_mask == 0``.
+    Labels are the batch's target field, or else the token ids themselves, without those where ``attention_mask == 0``
+    and without the one after such a place, on whichever side the padding is.
 
     Raises:
         DataError: sequences of length 1; labels of another shape or dtype.
@@ -236,8 +244,14 @@ def _labels(batch: Batch, ignore_index: int) -> Tensor:
         _, fields = inputs(batch)
         mask = fields.pop("attention_mask", None)
         tokens = fields.get("input_ids", next(iter(fields.values())) if len(fields) == 1 else None)
+        if tokens is not None and mask is not None:
+            real = mask != 0
+            after_real = F.pad(real[:, :-1], (1, 0), value=True)
+            return cast(Tensor, tokens.masked_fill(~(real & after_real), ignore_index))
         if tokens is not None:
-            return cast(Tensor, tokens if mask is None else tokens.masked_fill(mask == 0, ignore_index))
+            return cast(Tensor, tokens)
+    elif isinstance(batch, (tuple, list)) and len(batch) == 1:
+        return cast(Tensor, batch[0])
     elif isinstance(batch, Tensor):
         return batch
     return target(batch)

@@ -9,6 +9,9 @@ import re
 from collections.abc import Callable
 from functools import partial
 
+import torch.nn.functional as F
+from torch.nn.modules.loss import _Loss
+
 from trainfn.errors import ConfigError, suggest
 from trainfn.loss.base import Loss
 from trainfn.loss.classification import classification, segmentation, vision_classification
@@ -33,6 +36,22 @@ _LOSSES: dict[str, Callable[[], Loss]] = {
     "segmentation": segmentation,
     "seq2seq": seq2seq,
     "vision_classification": vision_classification,
+}
+
+
+_FUNCTIONS: tuple[tuple[object, str], ...] = (
+    (F.binary_cross_entropy_with_logits, "BCEWithLogitsLoss"),
+    (F.cross_entropy, "CrossEntropyLoss"),
+    (F.huber_loss, "HuberLoss"),
+    (F.l1_loss, "L1Loss"),
+    (F.mse_loss, "MSELoss"),
+)
+_INSTEAD = {
+    "BCEWithLogitsLoss": 'loss="multi_label"',
+    "CrossEntropyLoss": 'loss="classification", "language_modeling" or "segmentation"',
+    "HuberLoss": 'loss="huber"',
+    "L1Loss": 'loss="l1"',
+    "MSELoss": 'loss="mse"',
 }
 
 
@@ -94,6 +113,19 @@ def resolve(loss: str | Loss) -> Loss:
             "The loss is neither a name nor a function.",
             expected=f"one of {', '.join(names())}, or a function loss(outputs, batch)",
             got=repr(loss),
+        )
+    factory: object = loss
+    made = next((name for name, make in _LOSSES.items() if make is factory), None)
+    if made is not None:
+        hint = f'call it: {made}(), or pass its name, "{made}"'
+        raise ConfigError("This makes a loss; it is not one.", got=f"trainfn.loss.{made}", hint=hint)
+    theirs = type(loss).__name__ if isinstance(loss, _Loss) else None
+    theirs = next((name for function, name in _FUNCTIONS if loss is function), theirs)
+    if theirs is not None:
+        raise ConfigError(
+            "PyTorch's losses take a prediction and a target; here a loss takes outputs and the whole batch.",
+            got=theirs,
+            hint=f"pass {_INSTEAD.get(theirs, 'a function of your own: loss(outputs, batch)')}",
         )
     return loss
 

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from trainfn.batch import Batch, target
 from trainfn.errors import ConfigError, DataError, ModelError, suggest
-from trainfn.loss.base import Loss, LossSum, check_number, from_eight_bits, logits_of, widened, widens
+from trainfn.loss.base import Loss, LossSum, check_number, from_eight_bits, logits_of, widens
 from trainfn.loss.reading import Reading, reads
-from trainfn.tree import describe
+from trainfn.tree import describe, widened
 
 Kind = Literal["mse", "l1", "huber"]
 

@@ -16,9 +16,9 @@ import math
 import torch
 from torch import Tensor
 
-from trainfn.loss.base import widened
 from trainfn.loss.reading import Pooling, Reading
 from trainfn.metric.base import Metric, MetricSum, means, over_rows, summed
+from trainfn.tree import widened
 
 
 def perplexity(*, ignore_index: int = -100, shift: bool = False, pooling: Pooling | None = None) -> Metric:

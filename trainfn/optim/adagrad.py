@@ -10,13 +10,15 @@ References:
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from trainfn.optim.decay import Decay, with_l2
 from trainfn.optim.schedule import as_schedule
 from trainfn.optim.settings import NON_NEGATIVE, PREDICATE, RATE, call, check
-from trainfn.optim.transform import Hyper, Transform, narrow, value_at, wide
+from trainfn.optim.transform import Hyper, Transform, narrow, rebind, value_at, wide
 from trainfn.state import Params
 from trainfn.tree import record
 
@@ -83,13 +85,12 @@ def adagrad(
             updates[name] = grad / (total[name].sqrt() + narrow(least, grad.dtype)) * -rate.to(grad.dtype)
         return updates, AdagradState(total=total)
 
-    name = call(
-        "adagrad",
-        lr=lr,
-        lr_decay=lr_decay,
-        eps=eps,
-        weight_decay=weight_decay,
-        initial_accumulator_value=initial_accumulator_value,
-        decay=decay,
-    )
-    return Transform(init, update, name, falling)
+    settings: dict[str, Any] = {
+        "lr": lr,
+        "lr_decay": lr_decay,
+        "eps": eps,
+        "weight_decay": weight_decay,
+        "initial_accumulator_value": initial_accumulator_value,
+    }
+    bind = rebind(lambda chosen: adagrad(**settings, decay=chosen), decay)
+    return Transform(init, update, call("adagrad", **settings, decay=decay), falling, bind=bind)

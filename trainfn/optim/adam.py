@@ -18,7 +18,7 @@ from trainfn.optim.decay import Decay, with_l2
 from trainfn.optim.moments import AdamState, adam_direction, adam_rules, init_moments, next_moments
 from trainfn.optim.schedule import as_schedule
 from trainfn.optim.settings import call, check
-from trainfn.optim.transform import Hyper, Transform
+from trainfn.optim.transform import Hyper, Transform, rebind
 from trainfn.state import Params
 
 
@@ -55,4 +55,5 @@ def adam(
         return adam_direction(state, -schedule(step), step, betas=betas, eps=eps), state
 
     name = call("adam", lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, decay=decay)
-    return Transform(partial(init_moments, betas=betas), update, name, schedule)
+    bind = rebind(lambda chosen: adam(lr, betas=betas, eps=eps, weight_decay=weight_decay, decay=chosen), decay)
+    return Transform(partial(init_moments, betas=betas), update, name, schedule, bind=bind)

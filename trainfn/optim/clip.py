@@ -19,7 +19,7 @@ from torch import Tensor
 
 from trainfn.errors import ConfigError
 from trainfn.optim.settings import LIMIT, call, check, describe
-from trainfn.optim.transform import Hyper, Scalar, Transform, narrow, value_at
+from trainfn.optim.transform import Hyper, Scalar, Transform, narrow, rebind, value_at
 from trainfn.state import Params
 from trainfn.tree import Tree, norm
 
@@ -46,7 +46,8 @@ def clip_by_global_norm(max_norm: Hyper) -> Transform:
         return {name: grad * factor.to(grad.dtype) for name, grad in grads.items()}, state
 
     written = describe(max_norm) if callable(max_norm) else f"{max_norm:g}"
-    return Transform(_no_state, update, f"clip_by_global_norm({written})")
+    bind = rebind(lambda _: clip_by_global_norm(max_norm), None)
+    return Transform(_no_state, update, f"clip_by_global_norm({written})", bind=bind)
 
 
 def clip_by_value(max_value: Hyper) -> Transform:
@@ -72,7 +73,8 @@ def clip_by_value(max_value: Hyper) -> Transform:
             clipped[name] = grad.clamp(-limit, limit)
         return clipped, state
 
-    return Transform(_no_state, update, call("clip_by_value", max_value))
+    bind = rebind(lambda _: clip_by_value(max_value), None)
+    return Transform(_no_state, update, call("clip_by_value", max_value), bind=bind)
 
 
 def adaptive_clip(max_ratio: Hyper = 0.01, *, eps: Hyper = 1e-3) -> Transform:
@@ -120,7 +122,7 @@ def check_max_norm(max_norm: float) -> None:
     Raises:
         ConfigError: it is not.
     """
-    if not isinstance(max_norm, (int, float)) or not 0.0 < max_norm < math.inf:
+    if isinstance(max_norm, bool) or not isinstance(max_norm, (int, float)) or not 0.0 < max_norm < math.inf:
         raise ConfigError("The clip norm is out of range.", expected="a number > 0", got=repr(max_norm))
 
 

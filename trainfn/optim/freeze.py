@@ -44,4 +44,5 @@ def freeze(predicate: Frozen) -> Transform:
     def update(grads: Params, state: Tree, params: Params, step: Tensor) -> tuple[Params, Tree]:
         return grads, state
 
-    return keep_frozen(Transform(lambda params: (), update, call("freeze", predicate), frozen=predicate))
+    plain = Transform(lambda params: (), update, call("freeze", predicate))
+    return keep_frozen(plain._replace(frozen=predicate, bind=lambda _: plain))

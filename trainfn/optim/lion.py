@@ -14,8 +14,8 @@ from torch import Tensor
 from trainfn.optim.decay import Decay, make_shrinkage
 from trainfn.optim.moments import next_mean, zeros
 from trainfn.optim.schedule import as_schedule
-from trainfn.optim.settings import PREDICATE, RATE, SHARE, call, check
-from trainfn.optim.transform import Hyper, Transform, value_at
+from trainfn.optim.settings import PREDICATE, RATE, call, check, pair_of_shares
+from trainfn.optim.transform import Hyper, Transform, rebind, value_at
 from trainfn.state import Params
 from trainfn.tree import record
 
@@ -54,8 +54,7 @@ def lion(
         "lion",
         {
             "lr": (lr, RATE),
-            "betas[0]": (betas[0], SHARE),
-            "betas[1]": (betas[1], SHARE),
+            **pair_of_shares("betas", betas),
             "weight_decay": (weight_decay, RATE),
             "decay": (decay, PREDICATE),
         },
@@ -77,4 +76,5 @@ def lion(
         return updates, LionState(mu=mu)
 
     name = call("lion", lr=lr, betas=betas, weight_decay=weight_decay, decay=decay)
-    return Transform(init, update, name, schedule)
+    bind = rebind(lambda chosen: lion(lr, betas=betas, weight_decay=weight_decay, decay=chosen), decay)
+    return Transform(init, update, name, schedule, bind=bind)

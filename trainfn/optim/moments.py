@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from trainfn.optim.decay import Decay
-from trainfn.optim.settings import PREDICATE, RATE, SHARE, Rules
+from trainfn.optim.settings import PREDICATE, RATE, Rules, pair_of_shares
 from trainfn.optim.transform import Hyper, Scalar, narrow, value_at, wide
 from trainfn.state import Params
 from trainfn.tree import record
@@ -142,8 +142,7 @@ def adam_rules(lr: Hyper, betas: tuple[Hyper, Hyper], eps: Hyper, weight_decay: 
     """Return the settings that Adam and its descendants share, with what they have to be."""
     return {
         "lr": (lr, RATE),
-        "betas[0]": (betas[0], SHARE),
-        "betas[1]": (betas[1], SHARE),
+        **pair_of_shares("betas", betas),
         "eps": (eps, RATE),
         "weight_decay": (weight_decay, RATE),
         "decay": (decay, PREDICATE),

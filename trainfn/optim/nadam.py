@@ -13,6 +13,8 @@ References:
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from trainfn.optim.decay import Decay, make_shrinkage, with_l2
@@ -27,7 +29,7 @@ from trainfn.optim.moments import (
 )
 from trainfn.optim.schedule import as_schedule
 from trainfn.optim.settings import RATE, call, check
-from trainfn.optim.transform import Hyper, Transform, narrow, value_at, wide
+from trainfn.optim.transform import Hyper, Transform, narrow, rebind, value_at, wide
 from trainfn.state import Params
 from trainfn.tree import record
 
@@ -103,14 +105,13 @@ def nadam(
             updates[name] = -(ahead_grad / denominator + shrink(name, params[name]))
         return updates, NadamState(moments=moments, product=product)
 
-    name = call(
-        "nadam",
-        lr=lr,
-        betas=betas,
-        eps=eps,
-        weight_decay=weight_decay,
-        momentum_decay=momentum_decay,
-        decoupled_weight_decay=decoupled_weight_decay,
-        decay=decay,
-    )
-    return Transform(init, update, name, schedule)
+    settings: dict[str, Any] = {
+        "lr": lr,
+        "betas": betas,
+        "eps": eps,
+        "weight_decay": weight_decay,
+        "momentum_decay": momentum_decay,
+        "decoupled_weight_decay": decoupled_weight_decay,
+    }
+    bind = rebind(lambda chosen: nadam(**settings, decay=chosen), decay)
+    return Transform(init, update, call("nadam", **settings, decay=decay), schedule, bind=bind)

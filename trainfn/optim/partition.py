@@ -7,12 +7,13 @@ updates = the union over labels of transforms[label].update(...)
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor
 
 from trainfn.errors import ConfigError
 from trainfn.optim.settings import describe
-from trainfn.optim.transform import Transform, keep_frozen
+from trainfn.optim.transform import Choose, Predicate, Transform, bound, keep_frozen
 from trainfn.state import Params
 from trainfn.tree import Tree
 
@@ -34,7 +35,8 @@ _INPUTS = {
     "wpe",
     "wte",
 }
-_OUTPUTS = {"classifier", "head", "score", "unembed"}
+_OUTPUTS = {"bias", "classifier", "head", "score", "shared", "unembed"}
+_LAST = {"fc.weight", "logits.weight", "output.weight"}  # of the model itself; inside a block they are hidden layers
 
 
 def matrices_and_others(name: str, param: Tensor) -> str:
@@ -51,11 +53,12 @@ def matrices_and_others(name: str, param: Tensor) -> str:
     'others'
     """
     words = {word for part in name.split(".") for word in part.lower().split("_")}
-    return "matrices" if param.ndim == 2 and not words & (_INPUTS | _OUTPUTS) else "others"
+    is_hidden = not words & (_INPUTS | _OUTPUTS) and name not in _LAST
+    return "matrices" if param.ndim == 2 and is_hidden else "others"
 
 
 def partition(labels: Labels, transforms: Mapping[str, Transform]) -> Transform:
-    """Apply to each parameter the Transform of its label. The learning rate reported is that of the first Transform.
+    """Apply to each parameter the Transform of its label. The learning rate reported is that of the first that has one.
 
     A Transform freezes among the parameters of its own label, ``freeze`` in place of an optimizer included.
 
@@ -97,11 +100,21 @@ def partition(labels: Labels, transforms: Mapping[str, Transform]) -> Transform:
         own = transforms.get(labels(name, param))  # a label without a Transform is for init to report
         return own is not None and own.frozen is not None and own.frozen(name, param)
 
+    def bind(choose: Choose) -> Transform:
+        def within(label: str) -> Choose:
+            def choose_there(predicate: Predicate) -> Callable[[str, Tensor], Any]:
+                return choose(lambda name, param: predicate(name, param) if labels(name, param) == label else None)
+
+            return choose_there
+
+        by_name = choose(labels)
+        return partition(by_name, {label: bound(transform, within(label)) for label, transform in transforms.items()})
+
     some = any(transform.frozen is not None for transform in transforms.values())
     parts = ", ".join(f"{label!r}: {transform.name}" for label, transform in transforms.items())
     name = f"partition({describe(labels)}, {{{parts}}})"
-    lr = next(iter(transforms.values())).lr
-    return keep_frozen(Transform(init, update, name, lr, frozen if some else None))
+    lr = next((transform.lr for transform in transforms.values() if transform.lr is not None), None)
+    return keep_frozen(Transform(init, update, name, lr, frozen if some else None, bind))
 
 
 def _groups(labels: Labels, transforms: Mapping[str, Transform], params: Params) -> dict[str, Params]:

@@ -15,6 +15,8 @@ References:
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -30,7 +32,7 @@ from trainfn.optim.moments import (
 )
 from trainfn.optim.schedule import as_schedule
 from trainfn.optim.settings import call, check
-from trainfn.optim.transform import Hyper, Scalar, Transform, narrow, value_at, wide
+from trainfn.optim.transform import Hyper, Scalar, Transform, narrow, rebind, value_at, wide
 from trainfn.state import Params
 from trainfn.tree import evolve
 
@@ -83,16 +85,15 @@ def radam(
             updates[name] = -(size1.to(mu.dtype) * (mu * scale) + shrink(name, params[name]))
         return updates, state
 
-    name = call(
-        "radam",
-        lr=lr,
-        betas=betas,
-        eps=eps,
-        weight_decay=weight_decay,
-        decoupled_weight_decay=decoupled_weight_decay,
-        decay=decay,
-    )
-    return Transform(init, update, name, schedule)
+    settings: dict[str, Any] = {
+        "lr": lr,
+        "betas": betas,
+        "eps": eps,
+        "weight_decay": weight_decay,
+        "decoupled_weight_decay": decoupled_weight_decay,
+    }
+    bind = rebind(lambda chosen: radam(**settings, decay=chosen), decay)
+    return Transform(init, update, call("radam", **settings, decay=decay), schedule, bind=bind)
 
 
 def _rectification(state: AdamState, beta2: Hyper, step: Tensor) -> tuple[Tensor, Tensor]:

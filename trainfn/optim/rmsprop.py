@@ -11,13 +11,15 @@ References:
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from trainfn.optim.decay import Decay, with_l2
 from trainfn.optim.moments import next_mean, next_square, zeros
 from trainfn.optim.schedule import as_schedule
 from trainfn.optim.settings import PREDICATE, RATE, SHARE, call, check
-from trainfn.optim.transform import Hyper, Transform, narrow, value_at
+from trainfn.optim.transform import Hyper, Transform, narrow, rebind, value_at
 from trainfn.state import Params
 from trainfn.tree import record
 
@@ -94,14 +96,13 @@ def rmsprop(
             updates[name] = direction * -rate.to(grad.dtype)
         return updates, RMSpropState(nu=nu, mu=mu, momentum=buffers)
 
-    name = call(
-        "rmsprop",
-        lr=lr,
-        alpha=alpha,
-        eps=eps,
-        weight_decay=weight_decay,
-        momentum=momentum,
-        centered=centered,
-        decay=decay,
-    )
-    return Transform(init, update, name, schedule)
+    settings: dict[str, Any] = {
+        "lr": lr,
+        "alpha": alpha,
+        "eps": eps,
+        "weight_decay": weight_decay,
+        "momentum": momentum,
+        "centered": centered,
+    }
+    bind = rebind(lambda chosen: rmsprop(**settings, decay=chosen), decay)
+    return Transform(init, update, call("rmsprop", **settings, decay=decay), schedule, bind=bind)

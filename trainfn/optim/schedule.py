@@ -19,7 +19,7 @@ from torch import Tensor
 
 from trainfn.errors import ConfigError
 from trainfn.optim.settings import COUNT, NON_NEGATIVE, POSITIVE, POSITIVE_COUNT, call, check
-from trainfn.optim.transform import Hyper, Schedule, wide
+from trainfn.optim.transform import Hyper, Schedule, scheduled, wide
 
 
 class Named:
@@ -173,8 +173,10 @@ def piecewise(values: Sequence[float], *, boundaries: Sequence[int]) -> Schedule
 
 
 def as_schedule(value: Hyper) -> Schedule:
-    """Return ``value`` if it is a schedule, else the constant schedule of that number."""
-    return value if callable(value) else constant(value)
+    """Return ``value`` if it is a schedule, made to give tensors, else the constant schedule of that number."""
+    if not callable(value):
+        return constant(value)
+    return value if isinstance(value, Named) else lambda step: scheduled(value, step)
 
 
 def fraction(now: Tensor, begin: float, end: float) -> Tensor:

@@ -107,6 +107,17 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
+def pair_of_shares(name: str, values: Any) -> Rules:
+    """Return the rules of two decay rates, each in [0, 1) or a schedule.
+
+    >>> list(pair_of_shares("betas", (0.9, 0.99))), pair_of_shares("betas", 0.9)["betas"][1].words
+    (['betas[0]', 'betas[1]'], 'two decay rates')
+    """
+    if not isinstance(values, (tuple, list)) or len(values) != 2:
+        return {name: (values, Rule("two decay rates", lambda value: False))}
+    return {f"{name}[{index}]": (value, SHARE) for index, value in enumerate(values)}
+
+
 NON_NEGATIVE = Rule(">= 0", lambda value: is_number(value) and 0.0 <= value < math.inf)
 POSITIVE = Rule("> 0", lambda value: is_number(value) and 0.0 < value < math.inf)
 FRACTION = Rule("in [0, 1)", lambda value: is_number(value) and 0.0 <= value < 1.0)

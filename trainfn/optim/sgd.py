@@ -15,7 +15,7 @@ from trainfn.optim.decay import Decay, with_l2
 from trainfn.optim.moments import zeros
 from trainfn.optim.schedule import as_schedule
 from trainfn.optim.settings import PREDICATE, RATE, SHARE, Rule, call, check
-from trainfn.optim.transform import Hyper, Transform, narrow, value_at
+from trainfn.optim.transform import Hyper, Transform, narrow, rebind, value_at
 from trainfn.state import Params
 from trainfn.tree import record
 
@@ -79,4 +79,7 @@ def sgd(
         return updates, SGDState(momentum=buffers)
 
     name = call("sgd", lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, decay=decay)
-    return Transform(init, update, name, schedule)
+    bind = rebind(
+        lambda chosen: sgd(lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, decay=chosen), decay
+    )
+    return Transform(init, update, name, schedule, bind=bind)

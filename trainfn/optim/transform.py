@@ -14,8 +14,8 @@ scalars of the step are computed, and :func:`narrow` brings to a parameter's dty
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +37,13 @@ Frozen = Callable[[str, Tensor], bool]
 """From a parameter's name and the parameter to whether it stays as it is. Reads shape and dtype, nothing else."""
 
 
+Predicate = Callable[[str, Tensor], Hashable]
+"""A choice by parameter: of whether it is decayed, of its label. Reads name, shape and dtype, nothing else."""
+
+Choose = Callable[[Predicate], Callable[[str, Tensor], Any]]
+"""Takes a predicate, and returns one that gives the same answers by the name alone."""
+
+
 class Transform(NamedTuple):
     """A pair of pure functions, what learning rate they use, what they are called, and what they leave alone.
 
@@ -47,6 +54,9 @@ class Transform(NamedTuple):
         lr: ``step -> []`` the learning rate, for reports; None where there is no such thing.
         frozen: ``(name, param) -> bool``, which parameters are not to be trained; None for none. A Transform made of
             others keeps these from all of them, see :func:`chain`.
+        bind: ``choose -> Transform``, the same ``update`` with every predicate replaced by ``choose(predicate)``; None
+            if it looks at shapes. Parameters for which all choices are alike may then be laid end to end, and updated
+            as one tensor under the name of any of them: ``update`` is elementwise, but for norms over all tensors.
     """
 
     init: Callable[[Params], Tree]
@@ -54,6 +64,7 @@ class Transform(NamedTuple):
     name: str
     lr: Schedule | None = None
     frozen: Frozen | None = None
+    bind: Callable[[Choose], Transform] | None = None
 
 
 def chain(*transforms: Transform) -> Transform:
@@ -87,9 +98,34 @@ def chain(*transforms: Transform) -> Transform:
     def frozen(name: str, param: Tensor) -> bool:
         return any(choice(name, param) for choice in choices)
 
+    def bind(choose: Choose) -> Transform:
+        return chain(*[bound(transform, choose) for transform in transforms])
+
     name = f"chain({', '.join(transform.name for transform in transforms)})"
-    whole = Transform(init, update, name, rates[-1] if rates else None, frozen if choices else None)
+    whole = Transform(init, update, name, rates[-1] if rates else None, frozen if choices else None, bind)
     return keep_frozen(whole)
+
+
+def bound(transform: Transform, choose: Choose) -> Transform:
+    """Return the Transform with its predicates bound, none of its parameters being frozen; one that looks at shapes as
+    it is, and then each parameter is a choice of its own.
+
+    >>> from trainfn.optim import adamw, lamb, matrices_only
+    >>> params = {"a": torch.ones(2, 2), "b": torch.ones(3, 3), "c": torch.ones(2)}
+    >>> def chosen_by(transform):
+    ...     found = []
+    ...     def choose(predicate):
+    ...         found.append([predicate(name, param) for name, param in params.items()])
+    ...         return predicate
+    ...     bound(transform, choose)
+    ...     return found
+    >>> chosen_by(adamw(decay=matrices_only)), chosen_by(adamw()), chosen_by(lamb())
+    ([[True, True, False]], [], [['a', 'b', 'c']])
+    """
+    if transform.bind is not None:
+        return transform.bind(choose)
+    choose(lambda name, param: name)
+    return transform
 
 
 def keep_frozen(transform: Transform) -> Transform:
@@ -135,13 +171,40 @@ def keep_frozen(transform: Transform) -> Transform:
     return transform._replace(init=init, update=update)
 
 
+def rebind(make: Callable[[Any], Transform], predicate: Predicate | None) -> Callable[[Choose], Transform]:
+    """Return the ``bind`` of a Transform that ``make`` makes of its one predicate."""
+    return lambda choose: make(None if predicate is None else choose(predicate))
+
+
 def value_at(setting: Hyper, step: Tensor) -> Scalar:
     """Return a hyper-parameter at ``step``: a number as it is, of a schedule its value, [] float64.
 
     >>> value_at(0.9, torch.tensor(3)), value_at(lambda step: step / 4.0, torch.tensor(3))
     (0.9, tensor(0.7500))
     """
-    return setting(step) if callable(setting) else setting
+    return scheduled(setting, step) if callable(setting) else setting
+
+
+def scheduled(schedule: Callable[[Tensor], Any], step: Tensor) -> Tensor:
+    """Return what a schedule gives at ``step``, [] float64; a number is made a tensor.
+
+    Raises:
+        ConfigError: it is neither a number nor a tensor of no dimensions.
+
+    >>> scheduled(lambda step: min(1.0, (step + 1) / 2), torch.tensor(9))
+    tensor(1., dtype=torch.float64)
+    """
+    value = schedule(step)
+    if isinstance(value, Tensor) and value.ndim == 0:
+        return value
+    if isinstance(value, (int, float)):
+        return torch.full_like(wide(step), value)
+    raise ConfigError(
+        "A schedule gives something that is no number.",
+        where=getattr(schedule, "__qualname__", None) or repr(schedule),
+        expected="a tensor of no dimensions, or a number",
+        got=repr(value),
+    )
 
 
 def wide(step: Tensor) -> Tensor:
