@@ -78,13 +78,13 @@ def test_auto_stays_eager_for_few_steps(tools: Callable[..., None]) -> None:
     assert "3 steps would not earn back" in reason
 
 
-def test_auto_stays_eager_for_many_micro_batches(tools: Callable[..., None]) -> None:
+def test_auto_compiles_one_micro_batch_where_there_are_many(tools: Callable[..., None]) -> None:
     tools({"g++"})
     modes = {}
     for accumulate in (1, 2, 64):
         step, state = compiled(attrs.evolve(small, accumulate=accumulate), mode="auto")
         modes[accumulate], reason = step.settle(state)
-    assert modes == {1: "graph", 2: "graph", 64: "eager"}
+    assert modes == {1: "graph", 2: "graph", 64: "accum"}
     assert "64 micro-batches" in reason
 
 
@@ -126,7 +126,7 @@ def test_a_mode_asked_for_is_taken_whatever_there_is(tools: Callable[..., None])
         assert (step.compile_seconds > 0) == (mode == "graph")
 
 
-@pytest.mark.parametrize("mode", ["grahp", "", None, "split"])
+@pytest.mark.parametrize("mode", ["grahp", "", None, "spilt"])
 def test_a_mode_that_does_not_exist_is_refused(mode: Any) -> None:
     with pytest.raises(ConfigError, match="no compile mode of this name"):
         compiled(mode=mode)
@@ -370,6 +370,7 @@ def test_a_donated_state_is_written_in_place_in_graph_mode() -> None:
         written = {"params": state.params, "opt": state.opt, "ema": state.ema, "step": state.step}
         return {name: leaf.data_ptr() for name, leaf in named_leaves(written)}
 
+    state = step(state, setup.batch())  # from elsewhere: it is packed first
     before, bits = addresses(state), digest(state.params)
     for index in range(3):
         state = step(state, setup.batch(index))

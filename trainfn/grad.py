@@ -120,11 +120,15 @@ def make_gradients(model: nn.Module, loss: Loss, precision: str = "32-true") -> 
     >>> found.weight
     tensor(3.)
     """
-    apply = make_loss(model, loss, precision)
+    return make_gradients_of(make_loss(model, loss, precision))
+
+
+def make_gradients_of(apply: LossFn) -> GradientsFn:
+    """Return the gradients of ``(params, buffers, batch) -> LossSum``, as :func:`make_gradients` does of a model's."""
 
     def gradients(params: Params, buffers: Buffers, batch: Batch, /, scale: LossScale | None = None) -> Gradients:
         with torch.enable_grad():
-            views = {name: param.view_as(param) for name, param in trainable(params).items()}
+            views = {name: _differentiable(param) for name, param in trainable(params).items()}
             fresh = {name: buffer.clone() for name, buffer in buffers.items()}
             result = apply(params | views, fresh, batch)
             if not result.total.requires_grad:
@@ -158,6 +162,11 @@ def make_gradients(model: nn.Module, loss: Loss, precision: str = "32-true") -> 
         )
 
     return gradients
+
+
+def _differentiable(param: Tensor) -> Tensor:
+    # A program differentiates with respect to views of its inputs; what calls a program gives it leaves.
+    return param.view_as(param) if torch.compiler.is_compiling() else param.detach().requires_grad_()
 
 
 def merge(left: Gradients, right: Gradients) -> Gradients:

@@ -122,6 +122,10 @@ class TrainState:
     seed: int
     cursor: int
 
+    def __getstate__(self) -> dict[str, object]:
+        """Return the fields and nothing else: what an engine attaches is of this process."""
+        return {name: value for name, value in self.__dict__.items() if not name.startswith("_")}
+
 
 class Initializer(Protocol):
     """The half of a :class:`trainfn.optim.Transform` that ``init`` needs."""

@@ -8,7 +8,7 @@ update: norms -> verdict -> divide by weight, clip -> optimizer -> select by ver
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Protocol, get_args
 
@@ -257,10 +257,19 @@ def finished(before: TrainState, after: TrainState) -> TrainState:
 
 
 @contextmanager
-def surroundings(model: nn.Module, state: TrainState, *, training: bool) -> Iterator[None]:
-    """Hold what a forward reads besides its arguments: modes, whether to record gradients, draws by (seed, cursor)."""
-    with _mode(model, training), _seeded(state), torch.set_grad_enabled(training):
+def surroundings(model: nn.Module, state: TrainState, *, training: bool, draws: bool = True) -> Iterator[None]:
+    """Hold what a forward reads besides its arguments: modes, whether to record gradients, draws by (seed, cursor).
+
+    With ``draws=False`` the generators are left alone: what is known to draw nothing has no use for them.
+    """
+    with _mode(model, training), _seeded(state) if draws else nullcontext(), torch.set_grad_enabled(training):
         yield
+
+
+def generators(state: TrainState) -> list[torch.Generator]:
+    """Return the global generators that a forward draws from: the CPU's, and that of the state's GPU."""
+    own = [torch.cuda.default_generators[state.step.get_device()]] if state.step.is_cuda else []
+    return [torch.default_generator, *own]
 
 
 def _average(state: TrainState, new: Params, applied: Tensor, decay: float | None) -> Params | None:
@@ -327,16 +336,14 @@ def _mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 @contextmanager
 def _seeded(state: TrainState) -> Iterator[None]:
-    generators = [torch.default_generator]
-    if state.step.is_cuda:
-        generators.append(torch.cuda.default_generators[state.step.get_device()])
-    before = [generator.get_state() for generator in generators]
-    for generator in generators:
+    used = generators(state)
+    before = [generator.get_state() for generator in used]
+    for generator in used:
         generator.manual_seed(_mix(state.seed, state.cursor))
     try:
         yield
     finally:
-        for generator, old in zip(generators, before, strict=True):
+        for generator, old in zip(used, before, strict=True):
             generator.set_state(old)
 
 

@@ -154,7 +154,7 @@ def test_a_call_that_failed_leaves_no_trace() -> None:
 
 def test_steps_made_alike_do_not_share_or_exhaust_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch keeps programs by code object, up to a limit; a sweep may make more steps than that."""
-    monkeypatch.setattr(sys.modules["trainfn.engine.compile"], "_MOST_PROGRAMS", 2)
+    monkeypatch.setattr(sys.modules["trainfn.engine.program"], "MOST_PROGRAMS", 2)
     setup = Setup(MlpRecipe(blocks=()), sgd(0.1))
     for _ in range(4):
         model, counting = setup.net.model(), Counting()

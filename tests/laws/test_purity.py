@@ -197,23 +197,21 @@ def moments_in_place(inner: Transform) -> Transform:
     return inner._replace(update=update)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("optimizer", [impure_sgd(0.1), moments_in_place(adamw())], ids=["params", "moments"])
-def test_control_an_optimizer_in_place_is_noticed(optimizer: Transform, compiled: bool) -> None:
+def test_control_an_optimizer_in_place_is_noticed(optimizer: Transform) -> None:
     setup = Setup(LmRecipe(), optimizer)
     model, batch = setup.net.model(), setup.batch()
     step, state = setup.step(model), setup.state(model)
-    call = trainfn.compile(step, mode="graph", backend="aot_eager") if compiled else step
     with pytest.raises(AssertionError, match=r"the step changed \['state'\]"), untouched(model, state, batch):
-        call(state, batch)
+        step(state, batch)
 
 
 def test_control_a_donating_step_is_noticed() -> None:
     setup = Setup(LmRecipe(), sgd(0.1))
     model, batch = setup.net.model(), setup.batch()
-    state = setup.state(model)
-    twin = attrs.evolve(state)  # shares every tensor, and is not marked as consumed
     step = trainfn.compile(setup.step(model), mode="graph", donate=True, backend="aot_eager")
+    state = step(setup.state(model), batch)  # the first one, from elsewhere, is copied into packs
+    twin = attrs.evolve(state)  # shares every tensor, and is not marked as consumed
     with pytest.raises(AssertionError, match="'state'"), untouched(model, twin, batch):
         step(state, batch)
 

@@ -19,10 +19,10 @@ from torch import nn
 
 from trainfn.batch import Batch, micro_batches
 from trainfn.diagnose.diagnosis import Cause, Diagnosis, Part, Spoilt
-from trainfn.diagnose.replay import Key, Replay, bad_elements, generators, is_finite, replay
+from trainfn.diagnose.replay import Key, Replay, bad_elements, is_finite, replay
 from trainfn.grad import merge
 from trainfn.state import TrainState
-from trainfn.step import Step, surroundings
+from trainfn.step import Step, generators, surroundings
 from trainfn.tree import leaf_norms, named_leaves
 
 _MOST_MENDED = 32  # heuristic: each costs a replay; with more, the first bad tensor is blamed untested
@@ -66,7 +66,9 @@ def diagnose(step: Step, state: TrainState, batch: Batch) -> Diagnosis:
     merged, buffers = None, state.buffers
     with surroundings(step.model, state, training=True):
         for number, part in enumerate(parts, 1):
-            again = functools.partial(replay, step, state, buffers, part, generators(state))
+            again = functools.partial(
+                replay, step, state, buffers, part, [generator.get_state() for generator in generators(state)]
+            )
             seen = again(())
             merged = seen.found if merged is None else merge(merged, seen.found)
             buffers = seen.found.buffers

@@ -22,7 +22,7 @@ from trainfn.batch import Batch
 from trainfn.grad import Gradients
 from trainfn.precision import backward_unit
 from trainfn.state import Buffers, Params, TrainState, trainable
-from trainfn.step import Step
+from trainfn.step import Step, generators
 from trainfn.tree import map_named, named_leaves
 
 Key = tuple[str, str]
@@ -78,10 +78,11 @@ def replay(
         state: gives parameters and loss scale.
         buffers: those that the micro-batch before left. Not written to.
         batch: the micro-batch.
-        draws: what :func:`generators` returned before the micro-batch was first run.
+        draws: the generators' states before the micro-batch was first run.
         mended: places whose bad elements are made 0.5.
     """
-    set_generators(draws, state)
+    for generator, draw in zip(generators(state), draws, strict=True):
+        generator.set_state(draw)
     watch = _Watch(step.model, mended)
     params = {name: param.view_as(param) if param.requires_grad else param for name, param in state.params.items()}
     fresh = {name: buffer.clone() for name, buffer in buffers.items()}
@@ -129,18 +130,6 @@ def bad_elements(tensor: Tensor) -> Tensor:
         return torch.zeros((), dtype=torch.bool)
     has_few_kernels = tensor.is_floating_point() and tensor.dtype.itemsize == 1
     return ~torch.isfinite(tensor.detach().float() if has_few_kernels else tensor.detach())
-
-
-def generators(state: TrainState) -> list[Tensor]:
-    """Return the states of the generators that a forward draws from."""
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(state.step.device)] if state.step.is_cuda else [])]
-
-
-def set_generators(draws: list[Tensor], state: TrainState) -> None:
-    """Put the generators back to what :func:`generators` returned."""
-    torch.set_rng_state(draws[0])
-    if state.step.is_cuda:
-        torch.cuda.set_rng_state(draws[1], state.step.device)
 
 
 class _Watch:

@@ -1,38 +1,42 @@
 """``compile``: the same step, as one program, and optionally written into the state it was given.
 
 Modes: ``eager`` runs the reference step as it stands; ``graph`` compiles forward, backward, clipping, health check,
-optimizer and EMA as one fullgraph program; ``auto`` chooses.
+optimizer and EMA as one program; ``accum`` and ``split`` compile two (:mod:`trainfn.engine.program`); ``auto`` chooses.
+
+A state that a compiled step returns is a view of a few packs (:mod:`trainfn.engine.layout`) and carries them along, so
+that the next call has nothing to look at but the batch. A state from elsewhere is packed first.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import sysconfig
 import time
-import types
 import warnings
-import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
+import attrs
 import torch
 from torch import Tensor
 
 from trainfn.batch import Batch, micro_batches
+from trainfn.engine.layout import Layout, Packed
+from trainfn.engine.program import Program, ProgramMode, compiling, make_program
 from trainfn.errors import CompileError, ConfigError, DonatedStateError, TrainfnError, suggest
 from trainfn.loss import LossSum
 from trainfn.metric import Metric, MetricSum
-from trainfn.state import Params, TrainState, trainable
-from trainfn.step import Step, finished, surroundings
+from trainfn.state import Params, Report, TrainState
+from trainfn.step import Step, generators, surroundings
 from trainfn.tree import Tree, describe, evolve, named_leaves
 
-Mode = Literal["auto", "eager", "graph"]
+Mode = Literal["auto", "eager", "graph", "split", "accum"]
 
 _LEAST_STEPS = 5_000  # heuristic: cold, two cores compile for 15 to 70 s; a small model's step is 0.5 to 15 ms shorter
-_MOST_PROGRAMS = 64  # batch shapes for which a program is kept
 _MOST_SURPRISES = 3  # programs compiled again for no new shape, before that is taken as a habit
 _MOST_UNROLLED = 4  # micro-batches are unrolled in the program, which grows, and so does compile time, with each
 
@@ -50,8 +54,8 @@ def compile(
 
     Args:
         step: from :func:`trainfn.make_step`.
-        mode: ``"graph"``, ``"eager"``, or ``"auto"``, which chooses from the device and ``steps``. If
-            ``auto`` chose ``graph`` and the model cannot be compiled, it says so and goes on in ``eager``.
+        mode: ``"graph"``, ``"accum"``, ``"split"``, ``"eager"``, or ``"auto"``, which chooses from the device, the
+            accumulation and ``steps``. If the model cannot be compiled, ``auto`` says so and goes on in ``eager``.
         donate: write the new state into the old one's memory. The old state is consumed: any use of it raises.
         steps: how many steps will be run, if known; short runs do not earn their compilation.
         backend: a ``torch.compile`` backend.
@@ -85,10 +89,10 @@ class CompiledStep:
 
     Attributes:
         step: the step it means.
-        mode: ``"eager"``, ``"graph"``, or ``"auto"`` until the first call has shown the device.
+        mode: one of the modes, or ``"auto"`` until the first call has shown the device.
         reason: why this mode.
         donate: whether a state given is consumed.
-        compiles: how many programs have been compiled.
+        compiles: how often a call had to compile.
         compile_seconds: what that has cost, first calls included.
     """
 
@@ -98,26 +102,18 @@ class CompiledStep:
         self.reason = "as asked"
         self.compiles, self.compile_seconds = 0, 0.0
         self._may_fall_back, self._steps = mode == "auto", steps
-        self._program: Callable[[TrainState, Batch], Any] | None = None
-        self._known: set[Hashable] = set()  # (signature of the batch, number of the state's structure)
-        self._structures: dict[Hashable, int] = {}
-        self._last_structure = 0
+        self._forms: dict[Hashable, _Form] = {}  # by signature of the state
         self._surprises = 0
-        self._last: Callable[[], TrainState | None] = lambda: None
 
     def __call__(self, state: TrainState, batch: Batch) -> TrainState:
         """Return the state after one step; see :class:`trainfn.step.Step`."""
+        cursor = state.cursor  # of a consumed state, this raises
         self.settle(state)
-        result = self._run(state, batch) if self.mode == "graph" else None
-        if result is None:
+        after = self._run(state, batch, cursor) if self.mode != "eager" else None
+        if after is None:
             after = self.step(state, batch)
-        elif self.donate:
-            after = evolve(state, report=result, cursor=state.cursor + 1)
-        else:
-            after = finished(state, evolve(result, params=state.params | result.params))
         if self.donate:
             _consume(state)
-        self._last = weakref.ref(after)
         return after
 
     def evaluate(
@@ -132,50 +128,72 @@ class CompiledStep:
             self.mode, self.reason = _choose(state.step.device, self.step.accumulate, self._steps)
         return self.mode, self.reason
 
-    def _run(self, state: TrainState, batch: Batch) -> Any:
-        """Run the program on tensors alone: to the compiler, a seed or cursor would be a constant to specialise on."""
-        tensors = evolve(state, seed=0, cursor=0, report=None)  # no step reads the last report
-        # A state that this step returned has the structure of the one before it: nothing to look at again.
-        if state is not self._last():
-            self._last = lambda: None  # should this call fail, what is held of the last state no longer fits it
-            self._last_structure = self._structures.setdefault(_signature(tensors), len(self._structures))
-        key = _signature(batch), self._last_structure
-        if key not in self._known:
-            return self._first_run(state, tensors, batch, key)
-        assert self._program is not None
+    def _run(self, state: TrainState, batch: Batch, cursor: int) -> TrainState | None:
+        """Run the program. None: it cannot be compiled, and ``auto`` goes on in eager."""
+        held = self._hold(state)
+        if not self.donate:
+            held = _Held(held.form, held.form.layout.copy(held.packed))
+        form, key = held.form, _signature(batch)
+        report = self._known_run(state, held, batch, key) if key in form.draws else None
+        if report is None:
+            report = self._first_run(state, held, batch, key)
+        if report is None:
+            return None
+        after = evolve(held.views, report=report, seed=state.seed, cursor=cursor + 1)
+        object.__setattr__(after, "_held", held)
+        return after
+
+    def _hold(self, state: TrainState) -> _Held:
+        """Return the packs that a state is a view of; for a state from elsewhere, new ones."""
+        held = state.__dict__.get("_held")
+        if isinstance(held, _Held) and held.form.owner is self:
+            return held
+        key = _signature(evolve(state, seed=0, cursor=0, report=None))  # no step reads the last report
+        if key not in self._forms:
+            self._forms[key] = _Form(self, Layout(state, self.step.optimizer))
+        return _Held(self._forms[key], self._forms[key].layout.pack(state))
+
+    def _known_run(self, state: TrainState, held: _Held, batch: Batch, key: Hashable) -> Report | None:
+        """Run a program that has been compiled for such a batch. None: it has to be compiled again."""
+        form = held.form
+        assert form.program is not None
         try:
+            if form.draws[key] is False:
+                with surroundings(self.step.model, state, training=True, draws=False):
+                    return form.program(held.tensors, batch)
             with surroundings(self.step.model, state, training=True):
-                return self._program(tensors, batch)
+                before = [generator.get_state() for generator in generators(state)]
+                report = form.program(held.tensors, batch)
+                if form.draws[key] is None:  # whether it draws at all: to seed the generators costs 20 us
+                    after = [generator.get_state() for generator in generators(state)]
+                    form.draws[key] = not all(map(torch.equal, before, after))
+                return report
         except Exception as error:
             # Something else that the program was made for has changed, and to compile needs what _first_run sets.
             if not type(error).__module__.startswith("torch._dynamo"):
                 raise
-        return self._first_run(state, tensors, batch, key)
+        return None
 
-    def _first_run(self, state: TrainState, tensors: TrainState, batch: Batch, key: Hashable) -> Any:
+    def _first_run(self, state: TrainState, held: _Held, batch: Batch, key: Hashable) -> Report | None:
         """Run the program where it has to be compiled first. None: it cannot be, and ``auto`` goes on in eager."""
-        from torch._dynamo import config
-
-        began = time.perf_counter()
+        began, form = time.perf_counter(), held.form
         reason = f"for batches of {describe(batch)}. Batches of one shape need one program: padding, buckets, drop_last"
-        if key in self._known:
+        if key in form.draws:
             reason = "though the batch's shape is known: something in Python that the model or loss reads has changed"
             self._surprises += 1
         with surroundings(self.step.model, state, training=True), torch.no_grad():
             # A mistake in the batch or the model shows here as itself, not as a failure of the compiler.
             buffers = {name: buffer.clone() for name, buffer in state.buffers.items()}
             self.step.loss(state.params, buffers, micro_batches(batch, self.step.accumulate)[0])
-        if self._program is None:
-            self._program = _make_program(self.step, donate=self.donate, backend=self.backend)
+        if form.program is None:
+            mode = cast(ProgramMode, self.mode)
+            form.program = make_program(mode, self.step, form.layout, held.packed, self.backend)
         failure: Exception | None = None
         try:
             if self._surprises > _MOST_SURPRISES:
                 raise RuntimeError("something in Python that the model or the loss reads changes from step to step")
-            with (
-                surroundings(self.step.model, state, training=True),
-                config.patch(trace_autograd_ops=True, recompile_limit=_MOST_PROGRAMS),
-            ):
-                result = self._program(tensors, batch)
+            with surroundings(self.step.model, state, training=True), compiling():
+                report = form.program(held.tensors, batch)
         except (TrainfnError, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -189,8 +207,8 @@ class CompiledStep:
         self.compile_seconds += seconds
         if self.compiles > 1:
             warnings.warn(f"Another program was compiled, in {seconds:.1f} s, {reason}", CompileWarning, stacklevel=4)
-        self._known.add(key)
-        return result
+        form.draws.setdefault(key, None)
+        return report
 
     def _refuse(self, error: Exception) -> None:
         summary = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -204,34 +222,39 @@ class CompiledStep:
         warnings.warn(f"Going on in eager mode: {self.reason}", CompileWarning, stacklevel=5)
 
 
-def _make_program(step: Step, *, donate: bool, backend: str) -> Callable[[TrainState, Batch], Any]:
-    def program(state: TrainState, batch: Batch) -> Any:
-        after = step.transition(state, batch)
-        # Frozen parameters are handed through outside the program; an input is not to be its output.
-        changed = evolve(after, params={name: after.params[name] for name in trainable(state.params)})
-        if not donate:
-            return changed
-        with torch.no_grad():
-            for (_, old), (_, new) in zip(_written(state), _written(changed), strict=True):
-                if old.ndim == 0:  # a copy straight into a [] float64 input is lost (torch 2.11, 2.13); not by a view
-                    old, new = old.view(1), new.view(1)
-                old.copy_(new)
-        return changed.report
+@attrs.define(eq=False)
+class _Form:
+    """States of one structure: how they are packed, and the program for them.
 
-    # Programs are cached by code object, up to a limit: each step gets one of its own.
-    own = types.FunctionType(program.__code__.replace(), program.__globals__, closure=program.__closure__)
-    return torch.compile(own, fullgraph=True, dynamic=False, backend=backend)
+    Attributes:
+        owner: the compiled step.
+        layout: how they are packed.
+        program: once there is one.
+        draws: for each kind of batch that it was compiled for, whether it draws random numbers; None if not yet known.
+    """
+
+    owner: CompiledStep
+    layout: Layout
+    program: Program | None = None
+    draws: dict[Hashable, bool | None] = attrs.field(factory=dict)
 
 
-def _written(state: TrainState) -> list[tuple[str, Tensor]]:
-    """The tensors that a step changes, in one order for the state before and after."""
-    trained = trainable(state.params) or state.params
-    tree = (state.step, trained, state.buffers, state.opt, state.ema, state.scale, state.health, state.stats)
-    return list(named_leaves(tree))
+class _Held:
+    """A state in packs, its tensors in a row, and as the views that a user sees."""
+
+    def __init__(self, form: _Form, packed: Packed) -> None:
+        self.form, self.packed = form, packed
+        self.tensors = [leaf for _, leaf in named_leaves(packed)]
+
+    @functools.cached_property
+    def views(self) -> TrainState:
+        return self.form.layout.views(self.packed)
 
 
 def _consume(state: TrainState) -> None:
-    object.__setattr__(state, "_batch", state.cursor)
+    cursor, fields = state.cursor, state.__dict__
+    fields.clear()  # what nobody else holds is free now
+    fields["_batch"] = cursor
     object.__setattr__(state, "__class__", _ConsumedState)
 
 
@@ -259,11 +282,11 @@ def _signature(tree: Tree) -> Hashable:
 def _choose(device: torch.device, accumulate: int, steps: int | None) -> tuple[Mode, str]:
     if steps is not None and steps < _LEAST_STEPS:
         return "eager", f"{steps} steps would not earn back the compilation (fewer than {_LEAST_STEPS})"
-    if accumulate > _MOST_UNROLLED:
-        return "eager", f"{accumulate} micro-batches would make too long a program"
     missing = _missing_tool(device)
     if missing:
         return "eager", f"torch.compile needs {missing}, which was not found"
+    if accumulate > _MOST_UNROLLED:
+        return "accum", f"{accumulate} micro-batches would make too long a program"
     return "graph", "one program for the whole step"
 
 

@@ -1,0 +1,286 @@
+"""Packs: leaves of one role and dtype, laid end to end in one flat buffer.
+
+    params = {"a": [2, 3], "b": [3]}   ->   {"a": [32]}: a, padding, b, padding
+
+A program then takes and updates a handful of buffers, however many tensors a model has: its host cost does not grow
+with their number, and the update is one loop over memory. What a user sees are views into the packs.
+
+Trained parameters share a pack where the optimizer treats them alike (see ``Transform.bind``); their moments and
+averages are packed as they are. A parameter that the optimizer looks at the shape of, or that is not contiguous, is a
+pack of its own, in its own shape. Frozen parameters stay where they are. Counters and statistics are packed by dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from typing import Any
+
+import attrs
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trainfn.grad import Gradients
+from trainfn.optim.transform import Predicate, Transform, bound
+from trainfn.precision import LossScale
+from trainfn.state import Buffers, Params, TrainState, trainable
+from trainfn.tree import Tree, evolve, map_leaves, map_named, named_leaves, record
+
+_ALIGNMENT = 64  # bytes: a cache line, and what vector and tensor instructions ask for
+
+
+@record
+class Packed:
+    """A state in packs: what a program takes.
+
+    Attributes:
+        params: packs of trained parameters; they require grad.
+        frozen: frozen parameters, by name, as they are.
+        buffers: packs of buffers.
+        opt: the optimizer's state, packs in place of parameters.
+        ema: packs of averages, or None.
+        rest: counters, scale and statistics, by dtype.
+    """
+
+    params: Params
+    frozen: Params
+    buffers: Buffers
+    opt: Tree
+    ema: Params | None
+    rest: dict[str, Tensor]
+
+
+@attrs.frozen
+class Slot:
+    """Where a leaf is in a pack, in elements."""
+
+    name: str
+    shape: torch.Size
+    start: int
+    room: int
+
+    def view(self, flat: Tensor) -> Tensor:
+        """Return the leaf in a pack."""
+        return flat[self.start : self.start + self.shape.numel()].view(self.shape)
+
+
+@attrs.frozen
+class Pack:
+    """Leaves that share a buffer, called like the first of them. A pack of one has the shape of its leaf."""
+
+    slots: tuple[Slot, ...]
+
+    @property
+    def name(self) -> str:
+        return self.slots[0].name
+
+    def split(self, flat: Tensor) -> dict[str, Tensor]:
+        """Return the leaves in a pack by name, as views."""
+        if len(self.slots) == 1:
+            return {self.name: flat}
+        return {slot.name: slot.view(flat) for slot in self.slots}
+
+    def join(self, leaves: Mapping[str, Tensor]) -> Tensor:
+        """Return the pack of these leaves, in new memory if they are several; zeros fill the room between them."""
+        if len(self.slots) == 1:
+            return leaves[self.name]
+        return torch.cat([_padded(leaves[slot.name].reshape(-1), slot.room) for slot in self.slots])
+
+
+class Layout:
+    """How the states of one structure are packed.
+
+    Args:
+        state: any state of the structure.
+        optimizer: says which parameters it treats alike.
+
+    Attributes:
+        optimizer: the Transform that does the same to packs.
+
+    >>> import trainfn
+    >>> optimizer = trainfn.optim.adamw(decay=trainfn.optim.matrices_only)
+    >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
+    >>> state = trainfn.init(model, optimizer)
+    >>> packed = Layout(state, optimizer).pack(state)
+    >>> {name: tuple(pack.shape) for name, pack in packed.params.items()}
+    {'0.weight': (32,), '0.bias': (32,)}
+    """
+
+    def __init__(self, state: TrainState, optimizer: Transform) -> None:
+        trained = trainable(state.params)
+        answers: list[dict[str, Hashable]] = []
+
+        def choose(predicate: Predicate) -> Callable[[str, Tensor], Any]:
+            given = {name: predicate(name, param) for name, param in trained.items()}
+            answers.append(given)
+            return lambda name, param: given[name]
+
+        self.optimizer = bound(optimizer, choose)
+        self._owners = dict.fromkeys(trained)
+        self._trained = _packs(trained, lambda name: tuple(given[name] for given in answers))
+        if not all(self._fits(role, trained) for role in self._roles(state.opt)):
+            self._trained = _packs(trained, lambda name: name)
+        self._buffers = _packs(state.buffers, lambda name: None)
+        self._rest = _packs(dict(named_leaves(_rest_of(state))), lambda name: None)
+        self._names, self._buffer_names = tuple(state.params), tuple(state.buffers)
+        self._by_name = {pack.name: pack for pack in self._trained}
+        self._like = evolve(state, params={}, buffers={}, ema=None, opt=(), report=None)
+
+    def pack(self, state: TrainState) -> Packed:
+        """Return the state's numbers in packs, in new memory but for what is frozen."""
+        with torch.no_grad():
+            packed = Packed(
+                params={pack.name: pack.join(trainable(state.params)) for pack in self._trained},
+                frozen={name: param for name, param in state.params.items() if not param.requires_grad},
+                buffers=_joined(self._buffers, state.buffers),
+                opt=self._map_roles(self._joined, state.opt),
+                ema=None if state.ema is None else self._joined(state.ema),
+                rest=_joined(self._rest, dict(named_leaves(_rest_of(state)))),
+            )
+            return self.copy(packed)
+
+    def copy(self, packed: Packed) -> Packed:
+        """Return the packs in new memory, but for what is frozen."""
+        with torch.no_grad():
+            made = map_leaves(lambda leaf: leaf.detach().clone(), evolve(packed, frozen={}))
+            for param in made.params.values():
+                param.requires_grad_()
+            return evolve(made, frozen=packed.frozen)
+
+    def inputs(self, packed: Packed) -> tuple[Params, Buffers, LossScale | None]:
+        """Return what the forward and backward read: parameters and buffers by name, as views, and the loss scale."""
+        return (
+            packed.frozen | self.split(packed.params),
+            self.split_buffers(packed.buffers),
+            self._numbers(packed)["scale"],
+        )
+
+    def views(self, packed: Packed) -> TrainState:
+        """Return the state that packs hold, as views into them; its report, seed and cursor are to be filled in."""
+        with torch.no_grad():
+            params, buffers, _ = self.inputs(packed)
+            for name, param in params.items():
+                if name not in packed.frozen:
+                    params[name] = param.detach().requires_grad_()
+            return evolve(
+                self._like,
+                params={name: params[name] for name in self._names},
+                buffers={name: buffers[name] for name in self._buffer_names},
+                opt=self._map_roles(self.split, packed.opt),
+                ema=None if packed.ema is None else self.split(packed.ema),
+                **self._numbers(packed),
+            )
+
+    def packs(self, packed: Packed) -> TrainState:
+        """Return the state that ``update`` takes: packs in place of leaves, counters as they are."""
+        return evolve(
+            self._like,
+            params=packed.params,
+            buffers=packed.buffers,
+            opt=packed.opt,
+            ema=packed.ema,
+            **self._numbers(packed),
+        )
+
+    def joined(self, found: Gradients) -> Gradients:
+        """Return gradients in packs, their buffers too."""
+        return evolve(found, grads=self._joined(found.grads), buffers=_joined(self._buffers, found.buffers))
+
+    def written(self, after: TrainState) -> Packed:
+        """Return what ``update`` returned in the form of a :class:`Packed`, leaf by leaf what a program writes."""
+        return Packed(
+            params=after.params,
+            frozen={},
+            buffers=after.buffers,
+            opt=after.opt,
+            ema=after.ema,
+            rest=_joined(self._rest, dict(named_leaves(_rest_of(after)))),
+        )
+
+    def split(self, packs: Params) -> Params:
+        """Return what is in packs of trained parameters, by name, as views."""
+        named: Params = {}
+        for name, pack in packs.items():
+            named |= self._by_name[name].split(pack)
+        return {name: named[name] for name in self._owners if name in named}
+
+    def split_buffers(self, packs: Buffers) -> Buffers:
+        """Return what is in packs of buffers, by name, as views."""
+        return _split(self._buffers, packs)
+
+    def _numbers(self, packed: Packed) -> dict[str, Any]:
+        rest = _split(self._rest, packed.rest)
+        return map_named(lambda name, leaf: rest[name], _rest_of(self._like))
+
+    def _joined(self, leaves: Params) -> Params:
+        return {pack.name: pack.join(leaves) for pack in self._trained if pack.name in leaves}
+
+    def _fits(self, role: Params, trained: Params) -> bool:
+        """Whether what an optimizer keeps for parameters lies in memory as they do, where these share a pack."""
+        for pack in self._trained:
+            held = [role.get(slot.name) for slot in pack.slots]
+            if len(held) == 1 or all(one is None for one in held):
+                continue
+            kept = [one for one in held if one is not None and one.is_contiguous()]
+            if len(kept) < len(held) or len({one.dtype for one in kept}) > 1:
+                return False
+            if any(one.shape != slot.shape for one, slot in zip(kept, pack.slots, strict=True)):
+                return False
+        return True
+
+    def _roles(self, tree: Tree) -> list[Params]:
+        found: list[Params] = []
+
+        def note(role: Params) -> Params:
+            found.append(role)
+            return role
+
+        self._map_roles(note, tree)
+        return found
+
+    def _map_roles(self, fn: Callable[[Params], Params], tree: Tree) -> Tree:
+        """Apply ``fn`` to every dict of tensors by parameters' names, such as the first moments."""
+        return map_leaves(lambda leaf: fn(leaf) if isinstance(leaf, dict) else leaf, tree, is_leaf=self._is_role)
+
+    def _is_role(self, node: Any) -> bool:
+        return isinstance(node, dict) and all(
+            isinstance(leaf, Tensor) and name in self._owners for name, leaf in node.items()
+        )
+
+
+def _rest_of(state: TrainState) -> dict[str, Tree]:
+    return {"step": state.step, "scale": state.scale, "health": state.health, "stats": state.stats}
+
+
+def _packs(leaves: Mapping[str, Tensor], key: Callable[[str], Hashable]) -> tuple[Pack, ...]:
+    """Return packs of the leaves that have one key, dtype and device; what is not contiguous is alone."""
+    groups: dict[Hashable, list[str]] = {}
+    for name, leaf in leaves.items():
+        alone = name if not leaf.is_contiguous() else None
+        groups.setdefault((key(name), leaf.dtype, leaf.device, alone), []).append(name)
+    packs = []
+    for names in groups.values():
+        slots, start = [], 0
+        for name in names:
+            leaf = leaves[name]
+            each = max(1, _ALIGNMENT // leaf.element_size())
+            room = -(-leaf.numel() // each) * each
+            slots.append(Slot(name, leaf.shape, start, room))
+            start += room
+        packs.append(Pack(tuple(slots)))
+    return tuple(packs)
+
+
+def _joined(packs: Iterable[Pack], leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {pack.name: pack.join(leaves) for pack in packs}
+
+
+def _split(packs: Iterable[Pack], flats: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    named: dict[str, Tensor] = {}
+    for pack in packs:
+        named |= pack.split(flats[pack.name])
+    return named
+
+
+def _padded(flat: Tensor, room: int) -> Tensor:
+    return flat if flat.numel() == room else F.pad(flat, (0, room - flat.numel()))
