@@ -112,7 +112,9 @@ def test_auto_in_eager_is_the_step_itself(tools: Callable[..., None]) -> None:
     tools(set())
     step, state = compiled(mode="auto")
     after = step(state, small.batch())
-    assert digest(after) == digest(step.step(state, small.batch()))
+    right = step.step(state, small.batch())
+    torch.testing.assert_close(dict(after.params), dict(right.params))
+    assert (after.cursor, int(after.step)) == (right.cursor, int(right.step))
     assert (step.mode, step.compiles, step.compile_seconds) == ("eager", 0, 0.0)
 
 
@@ -171,7 +173,7 @@ def test_auto_goes_on_in_eager_and_says_so_once(tools: Callable[..., None], dona
         state = step(state, small.batch(index))
     for index in (0, 1, 2):
         reference = step.step(reference, small.batch(index))
-    assert digest(state) == digest(reference)
+    torch.testing.assert_close(dict(state.params), dict(reference.params))
 
 
 def test_graph_refuses_and_shows_the_cause() -> None:

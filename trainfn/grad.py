@@ -166,7 +166,9 @@ def make_gradients_of(apply: LossFn) -> GradientsFn:
 
 def _differentiable(param: Tensor) -> Tensor:
     # A program differentiates with respect to views of its inputs; what calls a program gives it leaves.
-    return param.view_as(param) if torch.compiler.is_compiling() else param.detach().requires_grad_()
+    if torch.compiler.is_compiling():
+        return param.view_as(param)
+    return param if param.is_leaf else param.detach().requires_grad_()
 
 
 def merge(left: Gradients, right: Gradients) -> Gradients:

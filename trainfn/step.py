@@ -7,10 +7,9 @@ update: norms -> verdict -> divide by weight, clip -> optimizer -> select by ver
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial
-from typing import Protocol, get_args
+from typing import get_args
 
 import attrs
 import torch
@@ -37,17 +36,8 @@ from trainfn.optim.moments import one_minus_power
 from trainfn.optim.transform import wide
 from trainfn.precision import LossScale, next_scale
 from trainfn.precision import resolve as resolve_precision
-from trainfn.state import Buffers, Params, Report, TrainState, trainable
-from trainfn.tree import evolve, leaf_norms, select
-
-
-class UpdateFn(Protocol):
-    """``(state, Gradients) -> state``.
-
-    ``norms`` ([parameters]) are those of each parameter's summed gradient, where the gradients are packs of several.
-    """
-
-    def __call__(self, state: TrainState, found: Gradients, /, norms: Tensor | None = None) -> TrainState: ...
+from trainfn.state import Baseline, Buffers, Params, Report, TrainState, trainable
+from trainfn.tree import evolve, leaf_norms, record, select
 
 
 @attrs.frozen(eq=False)
@@ -62,7 +52,7 @@ class Step:
         forward: ``(params, buffers, batch) -> outputs``.
         criterion: ``(outputs, batch) -> LossSum``.
         gradients: ``(params, buffers, batch) -> Gradients``.
-        update_with: ``optimizer -> update``; :mod:`trainfn.engine` binds the optimizer to packs.
+        update: ``(state, Gradients) -> state``.
         accumulate: number of micro-batches a batch is divided into.
         precision: name of the policy, see :mod:`trainfn.precision`.
         optimizer: the Transform that ``update`` applies.
@@ -73,15 +63,10 @@ class Step:
     forward: ForwardFn
     criterion: Criterion
     gradients: GradientsFn
-    update_with: Callable[[Transform], UpdateFn]
+    update: Update
     accumulate: int
     precision: str
     optimizer: Transform
-
-    @property
-    def update(self) -> UpdateFn:
-        """``(state, Gradients) -> state``."""
-        return self.update_with(self.optimizer)
 
     def __call__(self, state: TrainState, batch: Batch) -> TrainState:
         """Return the state after one step. Neither ``state`` nor ``batch`` nor the global RNG is written to."""
@@ -181,8 +166,8 @@ def make_step(
         forward=make_forward(model, precision),
         criterion=make_criterion(strategy, precision),
         gradients=make_gradients(model, strategy, precision),
-        update_with=partial(
-            make_update,
+        update=Update(
+            optimizer=optimizer,
             clip_norm=clip_norm,
             ema=ema,
             on_spike=on_spike,
@@ -195,58 +180,127 @@ def make_step(
     )
 
 
-def make_update(
-    optimizer: Transform,
-    *,
-    clip_norm: float | None = None,
-    ema: float | None = None,
-    on_spike: OnSpike = "off",
-    halt_after: int | None = None,
-    scaled: bool = False,
-) -> UpdateFn:
-    """Return ``(state, Gradients) -> state``: the one place where sums are divided and anything changes."""
+@record
+class Decision:
+    """What is decided of a step before anything is changed.
 
-    def update(state: TrainState, found: Gradients, /, norms: Tensor | None = None) -> TrainState:
-        _check_agree(state, averaged=ema is not None, scaled=scaled)
+    Attributes:
+        verdict: [] int64.
+        applied: whether it is applied, [] bool.
+        factor: what summed gradients are multiplied by, [] float64: one over the weight, and the clipping.
+        baseline: what is usual, with this step in it.
+        report: outcome.
+    """
+
+    verdict: Tensor
+    applied: Tensor
+    factor: Tensor
+    baseline: Baseline
+    report: Report
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Update:
+    """``(state, Gradients) -> state``: the one place where sums are divided and anything changes.
+
+    Attributes:
+        optimizer: the Transform that is applied.
+        clip_norm, ema, on_spike, halt_after: as in :func:`make_step`.
+        scaled: whether the state has a loss scale.
+    """
+
+    optimizer: Transform
+    clip_norm: float | None = None
+    ema: float | None = None
+    on_spike: OnSpike = "off"
+    halt_after: int | None = None
+    scaled: bool = False
+
+    def __call__(self, state: TrainState, found: Gradients, norms: Tensor | None = None) -> TrainState:
+        """Return the state after the update.
+
+        Args:
+            state: before it.
+            found: gradients of the whole batch, summed.
+            norms: of each parameter's gradient, [parameters] float64, where gradients are packs of several.
+        """
         with torch.no_grad():
+            decision = self.decide(state, found, norms)
             params = {name: param.detach() for name, param in trainable(state.params).items()}
-            norms = leaf_norms(found.grads) if norms is None else norms
-            summed_norm = torch.linalg.vector_norm(norms)
-            total, weight = wide(found.total), wide(found.weight)
-            loss, grad_norm = total / weight, summed_norm / weight
-            verdict = judge(total, weight, summed_norm, state.scale)
-            verdict = torch.where(state.health.halted, int(Verdict.HALTED), verdict)
-            baseline = state.health.baseline
-            if on_spike != "off":
-                verdict, baseline = judge_spike(baseline, verdict, loss, grad_norm, skip=on_spike != "warn")
-            applied = is_applied(verdict)
-            factor = torch.reciprocal(weight)
-            if clip_norm is not None:
-                factor = factor * clip_factor(grad_norm, clip_norm)
+            factor = decision.factor
             grads = {name: (g * factor.to(g.dtype)).to(params[name].dtype) for name, g in found.grads.items()}
-            updates, opt = optimizer.update(grads, state.opt, params, state.step)
-            new = select(applied, {name: param + updates[name] for name, param in params.items()}, params)
+            updates, opt = self.optimizer.update(grads, state.opt, params, state.step)
+            new = select(decision.applied, {name: param + updates[name] for name, param in params.items()}, params)
             return evolve(
-                state,
-                step=state.step + applied,
+                self.conclude(state, found, decision),
                 params=state.params | new,
-                buffers=select(applied, found.buffers, state.buffers),
-                opt=select(applied, opt, state.opt),
-                ema=_average(state, new, applied, ema),
-                scale=_rescale(state.scale, verdict),
-                health=track(state.health, verdict, applied, baseline, halt_after=halt_after, on_spike=on_spike),
-                stats=add_up(state.stats, verdict, applied, weight, found.micro_batches),
-                report=Report(
-                    loss=loss,
-                    weight=weight,
-                    grad_norm=grad_norm,
-                    grad_norms=norms / weight,
-                    lr=torch.full_like(loss, float("nan")) if optimizer.lr is None else wide(optimizer.lr(state.step)),
-                    verdict=verdict,
-                ),
+                buffers=select(decision.applied, found.buffers, state.buffers),
+                opt=select(decision.applied, opt, state.opt),
+                ema=self._averaged(state, new, decision.applied),
             )
 
-    return update
+    def decide(self, state: TrainState, found: Gradients, norms: Tensor | None = None) -> Decision:
+        """Return whether the update may be applied, and how large it is."""
+        _check_agree(state, averaged=self.ema is not None, scaled=self.scaled)
+        norms = leaf_norms(found.grads) if norms is None else norms
+        summed_norm = torch.linalg.vector_norm(norms)
+        total, weight = wide(found.total), wide(found.weight)
+        loss, grad_norm = total / weight, summed_norm / weight
+        verdict = judge(total, weight, summed_norm, state.scale)
+        verdict = torch.where(state.health.halted, int(Verdict.HALTED), verdict)
+        baseline = state.health.baseline
+        if self.on_spike != "off":
+            verdict, baseline = judge_spike(baseline, verdict, loss, grad_norm, skip=self.on_spike != "warn")
+        factor = torch.reciprocal(weight)
+        if self.clip_norm is not None:
+            factor = factor * clip_factor(grad_norm, self.clip_norm)
+        lr = self.optimizer.lr
+        report = Report(
+            loss=loss,
+            weight=weight,
+            grad_norm=grad_norm,
+            grad_norms=norms / weight,
+            lr=torch.full_like(loss, float("nan")) if lr is None else wide(lr(state.step)),
+            verdict=verdict,
+        )
+        return Decision(verdict=verdict, applied=is_applied(verdict), factor=factor, baseline=baseline, report=report)
+
+    def conclude(self, state: TrainState, found: Gradients, decision: Decision) -> TrainState:
+        """Return the state with counters, loss scale, health and report after the step, and all else as it was."""
+        verdict, applied = decision.verdict, decision.applied
+        return evolve(
+            state,
+            step=state.step + applied,
+            scale=_rescale(state.scale, verdict),
+            health=track(
+                state.health,
+                verdict,
+                applied,
+                decision.baseline,
+                halt_after=self.halt_after,
+                on_spike=self.on_spike,
+            ),
+            stats=add_up(state.stats, verdict, applied, decision.report.weight, found.micro_batches),
+            report=decision.report,
+        )
+
+    def average_share(self, step: Tensor) -> Tensor:
+        """Return the share of the newest parameters in their moving average after update ``step``, [] float64.
+
+        The average is ``sum_i decay^(t - i) p_i``, weights made to sum to 1. As with Adam's moments, the correction of
+        the bias of a beginning at 0; here in a recursion that is never biased.
+        """
+        assert self.ema is not None
+        return (1.0 - self.ema) / one_minus_power(self.ema, wide(step) + 1.0)
+
+    def _averaged(self, state: TrainState, new: Params, applied: Tensor) -> Params | None:
+        if state.ema is None:
+            return None
+        share = self.average_share(state.step)
+        moved = {
+            name: torch.lerp(mean, new[name].to(mean.dtype), share.to(mean.dtype)) for name, mean in state.ema.items()
+        }
+        return select(applied, moved, state.ema)
 
 
 def finished(before: TrainState, after: TrainState) -> TrainState:
@@ -270,19 +324,6 @@ def generators(state: TrainState) -> list[torch.Generator]:
     """Return the global generators that a forward draws from: the CPU's, and that of the state's GPU."""
     own = [torch.cuda.default_generators[state.step.get_device()]] if state.step.is_cuda else []
     return [torch.default_generator, *own]
-
-
-def _average(state: TrainState, new: Params, applied: Tensor, decay: float | None) -> Params | None:
-    """Return the average of the parameters after each update, as ``sum_i decay^(t - i) p_i``, weights made to sum to 1.
-
-    As with Adam's moments, the correction of the bias of a beginning at 0; here in a recursion that is never biased.
-    """
-    old = state.ema
-    if old is None or decay is None:
-        return None
-    share = (1.0 - decay) / one_minus_power(decay, wide(state.step) + 1.0)
-    moved = {name: torch.lerp(mean, new[name].to(mean.dtype), share.to(mean.dtype)) for name, mean in old.items()}
-    return select(applied, moved, old)
 
 
 def _rescale(scale: LossScale | None, verdict: Tensor) -> LossScale | None:

@@ -22,6 +22,8 @@ from torch.utils import _pytree as torch_pytree
 
 from trainfn.errors import DataError
 
+_CHUNK = 2**18  # numbers; 2 MB in float64
+
 Tree = Any
 """A tensor, None, or a dict, list, tuple or record of trees."""
 
@@ -161,8 +163,7 @@ def leaf_norms(tree: Tree) -> Tensor:
     leaves = [leaf for _, leaf in named_leaves(tree)]
     if not leaves:
         return torch.zeros(0, dtype=torch.float64)
-    wide = torch.float32 if leaves[0].device.type == "mps" else torch.float64
-    return torch.stack([torch.linalg.vector_norm(leaf, dtype=wide) for leaf in leaves])
+    return torch.stack([_norm(leaf) for leaf in leaves])
 
 
 def widened(values: Tensor) -> Tensor:
@@ -238,6 +239,15 @@ def digest(tree: Tree) -> str:
         else:
             sha.update(repr(leaf).encode())
     return sha.hexdigest()
+
+
+def _norm(leaf: Tensor) -> Tensor:
+    wide = torch.float32 if leaf.device.type == "mps" else torch.float64
+    if leaf.device.type == "cpu" and leaf.numel() > _CHUNK and not torch.compiler.is_compiling():
+        # Uncompiled, PyTorch makes a whole copy in float64 first: for 16 million numbers, 72 ms instead of 12.
+        parts = [torch.linalg.vector_norm(part, dtype=wide) for part in torch.split(leaf.reshape(-1), _CHUNK)]
+        return cast(Tensor, torch.linalg.vector_norm(torch.stack(parts)))
+    return cast(Tensor, torch.linalg.vector_norm(leaf, dtype=wide))
 
 
 def _make_init(cls: type) -> Callable[..., None]:

@@ -1,7 +1,8 @@
 """``compile``: the same step, as one program, and optionally written into the state it was given.
 
-Modes: ``eager`` runs the reference step as it stands; ``graph`` compiles forward, backward, clipping, health check,
-optimizer and EMA as one program; ``accum`` and ``split`` compile two (:mod:`trainfn.engine.program`); ``auto`` chooses.
+Modes: ``eager`` compiles nothing, and updates by PyTorch's fused kernels; ``graph`` compiles forward, backward,
+clipping, health check, optimizer and EMA as one program; ``accum`` and ``split`` compile two
+(:mod:`trainfn.engine.program`); ``auto`` chooses.
 
 A state that a compiled step returns is a view of a few packs (:mod:`trainfn.engine.layout`) and carries them along, so
 that the next call has nothing to look at but the batch. A state from elsewhere is packed first.
@@ -37,6 +38,7 @@ from trainfn.tree import Tree, describe, evolve, named_leaves
 Mode = Literal["auto", "eager", "graph", "split", "accum"]
 
 _LEAST_STEPS = 5_000  # heuristic: cold, two cores compile for 15 to 70 s; a small model's step is 0.5 to 15 ms shorter
+_MOST_COPIED = 2**16  # elements: uncompiled, gradients of larger tensors cost more to join than a call of a kernel does
 _MOST_SURPRISES = 3  # programs compiled again for no new shape, before that is taken as a habit
 _MOST_UNROLLED = 4  # micro-batches are unrolled in the program, which grows, and so does compile time, with each
 
@@ -109,9 +111,8 @@ class CompiledStep:
         """Return the state after one step; see :class:`trainfn.step.Step`."""
         cursor = state.cursor  # of a consumed state, this raises
         self.settle(state)
-        after = self._run(state, batch, cursor) if self.mode != "eager" else None
-        if after is None:
-            after = self.step(state, batch)
+        after = self._run(state, batch, cursor) or self._run(state, batch, cursor)  # the second one in eager
+        assert after is not None
         if self.donate:
             _consume(state)
         return after
@@ -133,15 +134,23 @@ class CompiledStep:
         held = self._hold(state)
         if not self.donate:
             held = _Held(held.form, held.form.layout.copy(held.packed))
-        form, key = held.form, _signature(batch)
-        report = self._known_run(state, held, batch, key) if key in form.draws else None
-        if report is None:
-            report = self._first_run(state, held, batch, key)
+        report = self._report(state, held, batch)
         if report is None:
             return None
         after = evolve(held.views, report=report, seed=state.seed, cursor=cursor + 1)
         object.__setattr__(after, "_held", held)
         return after
+
+    def _report(self, state: TrainState, held: _Held, batch: Batch) -> Report | None:
+        form = held.form
+        if self.mode == "eager":
+            if form.program is None:
+                form.program = make_program("eager", self.step, form.layout, held.packed, self.backend)
+            with surroundings(self.step.model, state, training=True):
+                return form.program(held.tensors, held.views, batch)
+        key = _signature(batch)
+        report = self._known_run(state, held, batch, key) if key in form.draws else None
+        return self._first_run(state, held, batch, key) if report is None else report
 
     def _hold(self, state: TrainState) -> _Held:
         """Return the packs that a state is a view of; for a state from elsewhere, new ones."""
@@ -150,7 +159,8 @@ class CompiledStep:
             return held
         key = _signature(evolve(state, seed=0, cursor=0, report=None))  # no step reads the last report
         if key not in self._forms:
-            self._forms[key] = _Form(self, Layout(state, self.step.optimizer))
+            most = _MOST_COPIED if self.mode == "eager" else None
+            self._forms[key] = _Form(self, Layout(state, self.step.optimizer, most=most))
         return _Held(self._forms[key], self._forms[key].layout.pack(state))
 
     def _known_run(self, state: TrainState, held: _Held, batch: Batch, key: Hashable) -> Report | None:
@@ -160,10 +170,10 @@ class CompiledStep:
         try:
             if form.draws[key] is False:
                 with surroundings(self.step.model, state, training=True, draws=False):
-                    return form.program(held.tensors, batch)
+                    return form.program(held.tensors, held.views, batch)
             with surroundings(self.step.model, state, training=True):
                 before = [generator.get_state() for generator in generators(state)]
-                report = form.program(held.tensors, batch)
+                report = form.program(held.tensors, held.views, batch)
                 if form.draws[key] is None:  # whether it draws at all: to seed the generators costs 20 us
                     after = [generator.get_state() for generator in generators(state)]
                     form.draws[key] = not all(map(torch.equal, before, after))
@@ -193,7 +203,7 @@ class CompiledStep:
             if self._surprises > _MOST_SURPRISES:
                 raise RuntimeError("something in Python that the model or the loss reads changes from step to step")
             with surroundings(self.step.model, state, training=True), compiling():
-                report = form.program(held.tensors, batch)
+                report = form.program(held.tensors, held.views, batch)
         except (TrainfnError, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -201,12 +211,15 @@ class CompiledStep:
         if failure is not None:
             self.step(state, batch)  # a mistake in the loss or the settings is raised here as itself, too
             self._refuse(failure)
+            for other in self._forms.values():  # states are packed anew, for eager
+                other.owner = None
+            self._forms.clear()
             return None
         self.compiles += 1
         seconds = time.perf_counter() - began
         self.compile_seconds += seconds
         if self.compiles > 1:
-            warnings.warn(f"Another program was compiled, in {seconds:.1f} s, {reason}", CompileWarning, stacklevel=4)
+            warnings.warn(f"Another program was compiled, in {seconds:.1f} s, {reason}", CompileWarning, stacklevel=5)
         form.draws.setdefault(key, None)
         return report
 
@@ -219,7 +232,7 @@ class CompiledStep:
                 hint='pass compile="eager" to fit, or mode="eager" to trainfn.compile; the cause is shown above',
             ) from error
         self.mode, self.reason = "eager", f"it does not compile as one program ({summary})"
-        warnings.warn(f"Going on in eager mode: {self.reason}", CompileWarning, stacklevel=5)
+        warnings.warn(f"Going on in eager mode: {self.reason}", CompileWarning, stacklevel=6)
 
 
 @attrs.define(eq=False)
@@ -233,7 +246,7 @@ class _Form:
         draws: for each kind of batch that it was compiled for, whether it draws random numbers; None if not yet known.
     """
 
-    owner: CompiledStep
+    owner: CompiledStep | None
     layout: Layout
     program: Program | None = None
     draws: dict[Hashable, bool | None] = attrs.field(factory=dict)

@@ -93,6 +93,7 @@ class Layout:
     Args:
         state: any state of the structure.
         optimizer: says which parameters it treats alike.
+        most: elements of the largest parameter that shares a pack; any size if None.
 
     Attributes:
         optimizer: the Transform that does the same to packs.
@@ -106,7 +107,7 @@ class Layout:
     {'0.weight': (32,), '0.bias': (32,)}
     """
 
-    def __init__(self, state: TrainState, optimizer: Transform) -> None:
+    def __init__(self, state: TrainState, optimizer: Transform, *, most: int | None = None) -> None:
         trained = trainable(state.params)
         answers: list[dict[str, Hashable]] = []
 
@@ -117,7 +118,9 @@ class Layout:
 
         self.optimizer = bound(optimizer, choose)
         self._owners = dict.fromkeys(trained)
-        self._trained = _packs(trained, lambda name: tuple(given[name] for given in answers))
+        large = {name for name, param in trained.items() if most is not None and param.numel() > most}
+        alone = {name: name if name in large else None for name in trained}
+        self._trained = _packs(trained, lambda name: (alone[name], *(given[name] for given in answers)))
         if not all(self._fits(role, trained) for role in self._roles(state.opt)):
             self._trained = _packs(trained, lambda name: name)
         self._buffers = _packs(state.buffers, lambda name: None)

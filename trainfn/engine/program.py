@@ -1,12 +1,13 @@
 """Programs: a step over packs, compiled, that writes the state it is given.
 
-    program(tensors, batch) -> Report
+    program(tensors, views, batch) -> Report
 
-``tensors`` are those of a :class:`trainfn.engine.layout.Packed`, in a row; those that a step changes are written in
-place, which costs nothing: the compiler stores results where the inputs were.
+``tensors`` are those of a :class:`trainfn.engine.layout.Packed`, in a row, and ``views`` the state that they are. What
+a step changes is written in place, which costs nothing: the compiler stores results where the inputs were.
 
 | mode | programs |
 |---|---|
+| ``eager`` | none is compiled: autograd, and PyTorch's fused kernels for the update |
 | ``graph`` | one: forward, backward, merging, update |
 | ``accum`` | two: gradients added to sums in place, called for each micro-batch; and the update |
 | ``split`` | two: the forward, with the backward that PyTorch's partitioner makes of it; and the update |
@@ -19,18 +20,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
+import attrs
 import torch
 from torch import Tensor
 
 from trainfn.batch import Batch, micro_batches
 from trainfn.engine.layout import Layout, Packed
 from trainfn.grad import Gradients, fold, make_gradients_of, merge
-from trainfn.state import Buffers, Params, Report
-from trainfn.step import Step
-from trainfn.tree import evolve, leaf_norms, map_leaves, named_leaves, widened
+from trainfn.state import Buffers, Params, Report, TrainState
+from trainfn.step import Step, Update
+from trainfn.tree import evolve, leaf_norms, map_leaves, named_leaves, select, widened
 
-Program = Callable[[list[Tensor], Batch], Report]
-ProgramMode = Literal["graph", "split", "accum"]
+Program = Callable[[list[Tensor], TrainState, Batch], Report]
+ProgramMode = Literal["eager", "graph", "split", "accum"]
 
 _SMALL = 200_000  # heuristic, trained parameters: below, a step is about as short as the calls it consists of
 MOST_PROGRAMS = 64  # batch shapes for which a program is kept
@@ -46,7 +48,7 @@ def make_program(mode: ProgramMode, step: Step, layout: Layout, form: Packed, ba
         form: any packed state, for its structure.
         backend: of ``torch.compile``.
     """
-    make = {"graph": _graph, "accum": _accum, "split": _split}[mode]
+    make = {"eager": _eager, "graph": _graph, "accum": _accum, "split": _split}[mode]
     return make(step, _Tensors(layout, form), backend)
 
 
@@ -68,7 +70,11 @@ class _Tensors:
         leaves = [leaf for _, leaf in named_leaves(form)]
         size = sum(leaf.numel() for leaf in form.params.values())
         # On a CPU a wrapper in C++ takes 100 us off a call and adds seconds to a compilation: for short steps.
+        self.is_wide = any(param.dtype == torch.float64 for param in form.params.values())
         self.is_small = size <= _SMALL and all(leaf.device.type == "cpu" for leaf in leaves)
+
+    def update(self, step: Step) -> Update:
+        return attrs.evolve(step.update, optimizer=self.layout.optimizer)
 
     def packed(self, tensors: list[Tensor]) -> Packed:
         return map_leaves(lambda place: tensors[place], self._places)
@@ -76,13 +82,44 @@ class _Tensors:
     def write(self, tensors: list[Tensor], after: Packed) -> None:
         written = evolve(self._places, frozen={})
         for (_, place), (_, new) in zip(named_leaves(written), named_leaves(after), strict=True):
-            _copy(tensors[place], new)
+            if new is not tensors[place]:
+                _copy(tensors[place], new)
+
+
+def _eager(step: Step, form: _Tensors, backend: Any) -> Program:
+    layout, update = form.layout, form.update(step)
+    fused = None if form.is_wide else update.optimizer.fused
+
+    def program(tensors: list[Tensor], views: TrainState, batch: Batch) -> Report:
+        parts = micro_batches(batch, step.accumulate)
+        named = fold(step.gradients, views.params, views.buffers, parts, scale=views.scale)
+        with torch.no_grad():
+            norms, found = leaf_norms(named.grads), layout.joined(named)
+            state = layout.packs(form.packed(tensors))
+            if fused is None:
+                after = update(state, found, norms)
+                form.write(tensors, layout.written(after))
+                return after.report
+            decision = update.decide(state, found, norms)
+            applied, factor = decision.applied, decision.factor
+            grads = {name: (g * factor.to(g.dtype)).to(state.params[name].dtype) for name, g in found.grads.items()}
+            fused(state.params, grads, state.opt, state.step, applied)
+            if state.ema is not None:
+                share = torch.where(applied, update.average_share(state.step), 0.0)
+                for name, mean in state.ema.items():
+                    mean.lerp_(state.params[name].detach().to(mean.dtype), share.to(mean.dtype))
+            after = update.conclude(state, found, decision)
+            buffers = select(applied, found.buffers, state.buffers)
+            form.write(tensors, layout.written(evolve(after, buffers=buffers)))
+            return after.report
+
+    return program
 
 
 def _graph(step: Step, form: _Tensors, backend: Any) -> Program:
-    layout, update = form.layout, step.update_with(form.layout.optimizer)
+    layout, update = form.layout, form.update(step)
 
-    def program(tensors: list[Tensor], batch: Batch) -> Report:
+    def whole(tensors: list[Tensor], batch: Batch) -> Report:
         packed = form.packed(tensors)
         params, buffers, scale = layout.inputs(packed)
         found = fold(step.gradients, params, buffers, micro_batches(batch, step.accumulate), scale=scale)
@@ -90,18 +127,26 @@ def _graph(step: Step, form: _Tensors, backend: Any) -> Program:
         form.write(tensors, layout.written(after))
         return after.report
 
-    return _compiled(program, form, backend)
+    compiled = _compiled(whole, form, backend)
+
+    def program(tensors: list[Tensor], views: TrainState, batch: Batch) -> Report:
+        report: Report = compiled(tensors, batch)
+        return report
+
+    return program
 
 
 def _accum(step: Step, form: _Tensors, backend: Any) -> Program:
-    layout, update = form.layout, step.update_with(form.layout.optimizer)
+    layout, update = form.layout, form.update(step)
 
-    def gather(tensors: list[Tensor], sums: Gradients, batch: Batch) -> None:
+    def begin(tensors: list[Tensor], sums: Gradients, batch: Batch) -> None:
+        params, buffers, scale = layout.inputs(form.packed(tensors))
+        _write(sums, layout.joined(step.gradients(params, buffers, batch, scale=scale)))
+
+    def add(tensors: list[Tensor], sums: Gradients, batch: Batch) -> None:
         params, _, scale = layout.inputs(form.packed(tensors))
         found = step.gradients(params, layout.split_buffers(sums.buffers), batch, scale=scale)
-        added = merge(sums, layout.joined(found))
-        for (_, old), (_, new) in zip(named_leaves(sums), named_leaves(added), strict=True):
-            _copy(old, new)
+        _write(sums, merge(sums, layout.joined(found)))
 
     def finish(tensors: list[Tensor], sums: Gradients) -> Report:
         packed = form.packed(tensors)
@@ -109,20 +154,25 @@ def _accum(step: Step, form: _Tensors, backend: Any) -> Program:
         form.write(tensors, layout.written(after))
         return after.report
 
-    gathering, finishing = _compiled(gather, form, backend), _compiled(finish, form, backend)
+    beginning, adding, finishing = (_compiled(fn, form, backend) for fn in (begin, add, finish))
+    # Kept from step to step: memory that is new each time costs more, page by page, than the sums in it.
+    kept: list[Gradients] = []
 
-    def program(tensors: list[Tensor], batch: Batch) -> Report:
-        sums = _zeros(form.packed(tensors))
-        for part in micro_batches(batch, step.accumulate):
-            gathering(tensors, sums, part)
-        report: Report = finishing(tensors, sums)
+    def program(tensors: list[Tensor], views: TrainState, batch: Batch) -> Report:
+        if not kept:
+            kept.append(_room(form.packed(tensors)))
+        first, *rest = micro_batches(batch, step.accumulate)
+        beginning(tensors, kept[0], first)
+        for part in rest:
+            adding(tensors, kept[0], part)
+        report: Report = finishing(tensors, kept[0])
         return report
 
     return program
 
 
 def _split(step: Step, form: _Tensors, backend: Any) -> Program:
-    layout, update = form.layout, step.update_with(form.layout.optimizer)
+    layout, update = form.layout, form.update(step)
 
     def forward(params: Params, buffers: Buffers, batch: Batch) -> Any:
         return step.loss(params, buffers, batch)
@@ -136,20 +186,20 @@ def _split(step: Step, form: _Tensors, backend: Any) -> Program:
     gradients = make_gradients_of(_compiled(forward, form, backend))
     finishing = _compiled(finish, form, backend)
 
-    def program(tensors: list[Tensor], batch: Batch) -> Report:
-        params, buffers, scale = layout.inputs(form.packed(tensors))
-        found = fold(gradients, params, buffers, micro_batches(batch, step.accumulate), scale=scale)
+    def program(tensors: list[Tensor], views: TrainState, batch: Batch) -> Report:
+        parts = micro_batches(batch, step.accumulate)
+        found = fold(gradients, views.params, views.buffers, parts, scale=views.scale)
         report: Report = finishing(tensors, found)
         return report
 
     return program
 
 
-def _zeros(packed: Packed) -> Gradients:
-    """Return the sum of no gradients, in packs, with the buffers that the first micro-batch sees."""
+def _room(packed: Packed) -> Gradients:
+    """Return room for sums of gradients, in packs; 16-bit ones are added up in float32."""
+    home = next(iter(packed.rest.values())).device
+    wide = torch.float32 if home.type == "mps" else torch.float64
     with torch.no_grad():
-        home = next(iter(packed.rest.values())).device
-        wide = torch.float32 if home.type == "mps" else torch.float64
         return Gradients(
             grads={
                 name: torch.zeros_like(widened(param), requires_grad=False) for name, param in packed.params.items()
@@ -159,6 +209,11 @@ def _zeros(packed: Packed) -> Gradients:
             micro_batches=torch.zeros((), dtype=torch.int64, device=home),
             buffers={name: buffer.clone() for name, buffer in packed.buffers.items()},
         )
+
+
+def _write(old: Gradients, new: Gradients) -> None:
+    for (_, left), (_, right) in zip(named_leaves(old), named_leaves(new), strict=True):
+        _copy(left, right)
 
 
 def _copy(old: Tensor, new: Tensor) -> None:

@@ -12,10 +12,18 @@ from __future__ import annotations
 
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from trainfn.optim.decay import Decay, with_l2
-from trainfn.optim.moments import AdamState, adam_direction, adam_rules, init_moments, next_moments
+from trainfn.optim.moments import (
+    AdamState,
+    adam_direction,
+    adam_rules,
+    init_moments,
+    make_fused_adam,
+    next_moments,
+)
 from trainfn.optim.schedule import as_schedule
 from trainfn.optim.settings import call, check
 from trainfn.optim.transform import Hyper, Transform, rebind
@@ -56,4 +64,5 @@ def adam(
 
     name = call("adam", lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, decay=decay)
     bind = rebind(lambda chosen: adam(lr, betas=betas, eps=eps, weight_decay=weight_decay, decay=chosen), decay)
-    return Transform(partial(init_moments, betas=betas), update, name, schedule, bind=bind)
+    fused = make_fused_adam(torch._fused_adam_, schedule, betas, eps, weight_decay, decay)
+    return Transform(partial(init_moments, betas=betas), update, name, schedule, bind=bind, fused=fused)

@@ -12,10 +12,18 @@ from __future__ import annotations
 
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from trainfn.optim.decay import Decay, make_shrinkage
-from trainfn.optim.moments import AdamState, adam_direction, adam_rules, init_moments, next_moments
+from trainfn.optim.moments import (
+    AdamState,
+    adam_direction,
+    adam_rules,
+    init_moments,
+    make_fused_adam,
+    next_moments,
+)
 from trainfn.optim.schedule import as_schedule
 from trainfn.optim.settings import call, check
 from trainfn.optim.transform import Hyper, Transform, rebind
@@ -61,4 +69,5 @@ def adamw(
 
     name = call("adamw", lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, decay=decay)
     bind = rebind(lambda chosen: adamw(lr, betas=betas, eps=eps, weight_decay=weight_decay, decay=chosen), decay)
-    return Transform(partial(init_moments, betas=betas), update, name, schedule, bind=bind)
+    fused = make_fused_adam(torch._fused_adamw_, schedule, betas, eps, weight_decay, decay)
+    return Transform(partial(init_moments, betas=betas), update, name, schedule, bind=bind, fused=fused)

@@ -14,13 +14,14 @@ References:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from trainfn.optim.decay import Decay
 from trainfn.optim.settings import PREDICATE, RATE, Rules, pair_of_shares
-from trainfn.optim.transform import Hyper, Scalar, narrow, value_at, wide
+from trainfn.optim.transform import Hyper, Scalar, Schedule, narrow, value_at, wide
 from trainfn.state import Params
 from trainfn.tree import record
 
@@ -136,6 +137,48 @@ def power(base: float, t: Tensor) -> Tensor:
 def one_minus_power(base: float, t: Tensor) -> Tensor:
     """Return ``1 - base^t``, which corrects the bias of a running mean that began at 0."""
     return 1.0 - power(base, t)
+
+
+def make_fused_adam(
+    kernel: Callable[..., None],
+    lr: Schedule,
+    betas: tuple[Hyper, Hyper],
+    eps: Hyper,
+    weight_decay: Hyper,
+    decay: Decay | None,
+) -> Callable[[Params, Params, AdamState, Tensor, Tensor], None] | None:
+    """Return Adam's update as one call of ``kernel`` for what is decayed and one for what is not, in place.
+
+    None if a setting that the kernel takes as a number is a schedule.
+    """
+    if any(callable(setting) for setting in (*betas, eps, weight_decay)):
+        return None
+
+    def fused(params: Params, grads: Params, state: AdamState, step: Tensor, applied: Tensor) -> None:
+        decayed = [name for name in grads if decay is None or decay(name, params[name])] if weight_decay else []
+        others = [name for name in grads if name not in set(decayed)]
+        t, rate = (step + 1).float(), lr(step).float()
+        skipped = (~applied).float()
+        for names, share in ((decayed, weight_decay), (others, 0.0)):
+            if names:
+                kernel(
+                    [params[name].detach() for name in names],
+                    [grads[name] for name in names],
+                    [state.mu[name] for name in names],
+                    [state.nu[name] for name in names],
+                    [],
+                    [t] * len(names),
+                    lr=rate,
+                    beta1=betas[0],
+                    beta2=betas[1],
+                    weight_decay=share,
+                    eps=eps,
+                    amsgrad=False,
+                    maximize=False,
+                    found_inf=skipped,
+                )
+
+    return fused
 
 
 def adam_rules(lr: Hyper, betas: tuple[Hyper, Hyper], eps: Hyper, weight_decay: Hyper, decay: Decay | None) -> Rules:

@@ -9,6 +9,9 @@ References:
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from trainfn.optim.decay import Decay, with_l2
@@ -78,8 +81,30 @@ def sgd(
             updates[name] = direction * -rate.to(direction.dtype)
         return updates, SGDState(momentum=buffers)
 
+    def fused(params: Params, grads: Params, state: SGDState, step: Tensor, applied: Tensor) -> None:
+        decayed = [name for name in grads if decay is None or decay(name, params[name])] if weight_decay else []
+        others = [name for name in grads if name not in set(decayed)]
+        kernel: Any = torch._fused_sgd_
+        for names, share in ((decayed, weight_decay), (others, 0.0)):
+            if names:
+                kernel(
+                    [params[name].detach() for name in names],
+                    [grads[name] for name in names],
+                    [state.momentum[name] for name in names] if momentum else [],
+                    weight_decay=share,
+                    momentum=momentum,
+                    lr=schedule(step).float(),
+                    dampening=0.0,
+                    nesterov=nesterov,
+                    maximize=False,
+                    is_first_step=False,
+                    grad_scale=None,
+                    found_inf=(~applied).float(),
+                )
+
     name = call("sgd", lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, decay=decay)
     bind = rebind(
         lambda chosen: sgd(lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, decay=chosen), decay
     )
-    return Transform(init, update, name, schedule, bind=bind)
+    has_kernel = not callable(momentum) and not callable(weight_decay)
+    return Transform(init, update, name, schedule, bind=bind, fused=fused if has_kernel else None)

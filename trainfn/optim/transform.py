@@ -57,6 +57,9 @@ class Transform(NamedTuple):
         bind: ``choose -> Transform``, the same ``update`` with every predicate replaced by ``choose(predicate)``; None
             if it looks at shapes. Parameters for which all choices are alike may then be laid end to end, and updated
             as one tensor under the name of any of them: ``update`` is elementwise, but for norms over all tensors.
+        fused: ``(params, grads, opt_state, step, applied) -> None``, the whole update written into ``params`` and
+            ``opt_state`` by a kernel of PyTorch's, or nothing where ``applied`` is false; None where there is no such
+            kernel. For steps that are not compiled, and parameters in float32 or less.
     """
 
     init: Callable[[Params], Tree]
@@ -65,6 +68,7 @@ class Transform(NamedTuple):
     lr: Schedule | None = None
     frozen: Frozen | None = None
     bind: Callable[[Choose], Transform] | None = None
+    fused: Callable[[Params, Params, Any, Tensor, Tensor], None] | None = None
 
 
 def chain(*transforms: Transform) -> Transform:
