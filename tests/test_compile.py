@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
+import subprocess
 import sys
 import sysconfig
 import warnings
@@ -378,3 +380,34 @@ def test_a_donated_state_is_written_in_place_in_graph_mode() -> None:
         state = step(state, setup.batch(index))
         assert addresses(state) == before
     assert digest(state.params) != bits
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+FAULTS = """
+import resource, sys, torch, trainfn
+torch.set_num_threads(1)
+model, optimizer = torch.nn.Sequential(*[torch.nn.Linear(512, 512) for _ in range(16)]), trainfn.optim.adamw()
+step = trainfn.make_step(model, loss="mse", optimizer=optimizer)
+step = trainfn.compile(step, mode="graph", donate=True, backend="aot_eager")
+state, batch = trainfn.init(model, optimizer), (torch.ones(2, 512), torch.zeros(2, 512))
+for index in range(8):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    state = step(state, batch)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
+def test_a_step_gets_no_new_pages_from_the_system() -> None:
+    """Its 16 MB of gradients are 4,096 pages; the control is told to leave the allocator alone."""
+
+    def faults(**environment: str) -> int:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "LD_PRELOAD"))}
+        done = subprocess.run(
+            [sys.executable, "-c", FAULTS], env=kept | environment, capture_output=True, text=True, check=True
+        )
+        return int(done.stdout.splitlines()[-1])
+
+    kept, control = faults(), faults(MALLOC_ARENA_MAX="8")
+    assert kept < 500 < 4_000 < control

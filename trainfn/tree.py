@@ -163,6 +163,11 @@ def leaf_norms(tree: Tree) -> Tensor:
     leaves = [leaf for _, leaf in named_leaves(tree)]
     if not leaves:
         return torch.zeros(0, dtype=torch.float64)
+    if (
+        all(leaf.device.type == "cpu" and leaf.numel() <= _CHUNK for leaf in leaves)
+        and not torch.compiler.is_compiling()
+    ):
+        return torch.stack(torch._foreach_norm(leaves, 2, dtype=torch.float64))
     return torch.stack([_norm(leaf) for leaf in leaves])
 
 

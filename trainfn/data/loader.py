@@ -165,6 +165,9 @@ class Loader:
         return order(positions, self.examples, seed=self.seed, epoch=batches // self.batches_per_epoch)
 
     def _stream(self, numbers: range) -> Generator[Batch, None, None]:
+        if not self.workers and not self.pin:  # a DataLoader's own work, 50 us a batch, is of no use then
+            yield from map(self.batch, numbers)
+            return
         parcels = iter(
             DataLoader(
                 _Parcels(self),

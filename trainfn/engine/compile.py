@@ -27,6 +27,7 @@ from torch import Tensor
 
 from trainfn.batch import Batch, micro_batches
 from trainfn.engine.layout import Layout, Packed
+from trainfn.engine.memory import keep_pages
 from trainfn.engine.program import Program, ProgramMode, compiling, make_program
 from trainfn.errors import CompileError, ConfigError, DonatedStateError, TrainfnError, suggest
 from trainfn.loss import LossSum
@@ -159,6 +160,8 @@ class CompiledStep:
             return held
         key = _signature(evolve(state, seed=0, cursor=0, report=None))  # no step reads the last report
         if key not in self._forms:
+            if state.step.device.type == "cpu":
+                keep_pages()
             most = _MOST_COPIED if self.mode == "eager" else None
             self._forms[key] = _Form(self, Layout(state, self.step.optimizer, most=most))
         return _Held(self._forms[key], self._forms[key].layout.pack(state))

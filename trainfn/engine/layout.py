@@ -124,7 +124,7 @@ class Layout:
         if not all(self._fits(role, trained) for role in self._roles(state.opt)):
             self._trained = _packs(trained, lambda name: name)
         self._buffers = _packs(state.buffers, lambda name: None)
-        self._rest = _packs(dict(named_leaves(_rest_of(state))), lambda name: None)
+        self._rest = _packs(self.counters(state), lambda name: None)
         self._names, self._buffer_names = tuple(state.params), tuple(state.buffers)
         self._by_name = {pack.name: pack for pack in self._trained}
         self._like = evolve(state, params={}, buffers={}, ema=None, opt=(), report=None)
@@ -138,7 +138,7 @@ class Layout:
                 buffers=_joined(self._buffers, state.buffers),
                 opt=self._map_roles(self._joined, state.opt),
                 ema=None if state.ema is None else self._joined(state.ema),
-                rest=_joined(self._rest, dict(named_leaves(_rest_of(state)))),
+                rest=_joined(self._rest, self.counters(state)),
             )
             return self.copy(packed)
 
@@ -185,6 +185,11 @@ class Layout:
             **self._numbers(packed),
         )
 
+    @staticmethod
+    def counters(state: TrainState) -> dict[str, Tensor]:
+        """Return counters, loss scale and statistics by name."""
+        return dict(named_leaves(_rest_of(state)))
+
     def joined(self, found: Gradients) -> Gradients:
         """Return gradients in packs, their buffers too."""
         return evolve(found, grads=self._joined(found.grads), buffers=_joined(self._buffers, found.buffers))
@@ -197,7 +202,7 @@ class Layout:
             buffers=after.buffers,
             opt=after.opt,
             ema=after.ema,
-            rest=_joined(self._rest, dict(named_leaves(_rest_of(after)))),
+            rest=_joined(self._rest, self.counters(after)),
         )
 
     def split(self, packs: Params) -> Params:

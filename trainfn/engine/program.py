@@ -102,15 +102,16 @@ def _eager(step: Step, form: _Tensors, backend: Any) -> Program:
                 return after.report
             decision = update.decide(state, found, norms)
             applied, factor = decision.applied, decision.factor
-            grads = {name: (g * factor.to(g.dtype)).to(state.params[name].dtype) for name, g in found.grads.items()}
-            fused(state.params, grads, state.opt, state.step, applied)
+            fused(state.params, _scaled(found.grads, factor, state.params), state.opt, state.step, applied)
             if state.ema is not None:
                 share = torch.where(applied, update.average_share(state.step), 0.0)
                 for name, mean in state.ema.items():
                     mean.lerp_(state.params[name].detach().to(mean.dtype), share.to(mean.dtype))
             after = update.conclude(state, found, decision)
-            buffers = select(applied, found.buffers, state.buffers)
-            form.write(tensors, layout.written(evolve(after, buffers=buffers)))
+            for name, buffer in select(applied, found.buffers, state.buffers).items():
+                state.buffers[name].copy_(buffer)
+            old, new = (list(layout.counters(each).values()) for each in (state, after))
+            torch._foreach_copy_(old, new)
             return after.report
 
     return program
@@ -193,6 +194,17 @@ def _split(step: Step, form: _Tensors, backend: Any) -> Program:
         return report
 
     return program
+
+
+def _scaled(grads: Params, factor: Tensor, params: Params) -> Params:
+    """Return the gradients times ``factor`` in the parameters' dtypes, in their own memory if nothing else is there."""
+    found = list(grads.values())
+    is_own = len({grad.data_ptr() for grad in found}) == len(found) and all(grad.is_contiguous() for grad in found)
+    if is_own and all(grad.dtype == params[name].dtype for name, grad in grads.items()):
+        for grad in found:
+            grad.mul_(factor.to(grad.dtype))
+        return grads
+    return {name: (grad * factor.to(grad.dtype)).to(params[name].dtype) for name, grad in grads.items()}
 
 
 def _room(packed: Packed) -> Gradients:

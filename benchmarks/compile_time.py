@@ -1,0 +1,54 @@
+"""How long does the first step take, cold and with the compiler's caches warm (C7)?
+
+    python benchmarks/compile_time.py
+
+Each number is a process of its own, with a cache directory of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+WHO = ("trainfn", "compiled model")
+
+
+def first_step(who: str, name: str) -> None:
+    import time
+
+    import torch
+    from peers import Ours, Plain
+    from workloads import WORKLOADS
+
+    torch.set_num_threads(2)
+    work = WORKLOADS[name]()
+    began = time.perf_counter()
+    peer = Ours(work, "graph") if who == "trainfn" else Plain(work, compiled=True)
+    peer.loss()
+    print(json.dumps(time.perf_counter() - began))
+
+
+def main() -> None:
+    from harness import record
+
+    rows = []
+    for name in ("C1", "C4", "C4b"):
+        for who in WHO:
+            with tempfile.TemporaryDirectory() as cache:
+                environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache}
+                call = [sys.executable, str(Path(__file__)), who, name]
+                found = [
+                    subprocess.run(call, env=environment, capture_output=True, text=True, check=True).stdout
+                    for _ in range(2)
+                ]
+            cold, warm = (round(json.loads(text.splitlines()[-1]), 1) for text in found)
+            rows.append({"work": name, "peer": who, "cold_s": cold, "warm_s": warm})
+    record("compile-time", rows)
+
+
+if __name__ == "__main__":
+    first_step(*sys.argv[1:]) if len(sys.argv) > 1 else main()
