@@ -127,7 +127,7 @@ def test_an_optimizer_does_the_same_to_packs(name: str) -> None:
     layout = Layout(state, optimizer)
     packed = layout.pack(state)
     assert sum(pack.dtype == torch.float32 for pack in packed.params.values()) == packs
-    update, in_packs = (trainfn.step.Update(optimizer=each, ema=0.9) for each in (optimizer, layout.optimizer))
+    update, in_packs = (trainfn.update.Update(optimizer=each, ema=0.9) for each in (optimizer, layout.optimizer))
     own = torch.Generator().manual_seed(1)
     for _ in range(3):
         trained = {key: param for key, param in state.params.items() if param.requires_grad}

@@ -12,6 +12,7 @@
 | ``forward`` | how a batch meets a model's forward |
 | ``grad`` | gradients as a monoid: ``gradients``, ``merge``, ``fold`` |
 | ``health`` | ``Verdict``: whether a step may be applied |
+| ``update`` | ``Update``: where sums are divided and anything changes |
 | ``step`` | ``make_step``: the composition |
 | ``metric`` | sums that add, and what they come to |
 | ``per_sample`` | gradients of each example, and the gradient noise scale |

@@ -250,7 +250,7 @@ def loss_only(total: Tensor, weight: Tensor, grad_norm: Tensor, scale: LossScale
 
 
 def test_control_a_guard_that_looks_at_the_loss_only_lets_a_gradient_through(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainfn.step, "judge", loss_only)
+    monkeypatch.setattr(trainfn.update, "judge", loss_only)
     setup = Setup(MlpRecipe(), adamw(0.1))
     model = setup.net.model()
     step, state = setup.step(model, summed_with_extra), setup.state(model)
@@ -260,7 +260,7 @@ def test_control_a_guard_that_looks_at_the_loss_only_lets_a_gradient_through(mon
 
 
 def test_control_no_guard_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainfn.step, "judge", lambda *numbers: torch.tensor(int(Verdict.OK)))
+    monkeypatch.setattr(trainfn.update, "judge", lambda *numbers: torch.tensor(int(Verdict.OK)))
     setup = Setup(MlpRecipe(blocks=("batch_norm",)), adamw(0.1), ema=0.9)
     model = setup.net.model()
     step, state = setup.step(model, summed_with_extra), setup.state(model)

@@ -108,7 +108,7 @@ def test_control_norms_in_float32_call_a_large_gradient_infinite(monkeypatch: py
 
     run = Run(net=None, optimizer=sgd(1e-4), size=3e38, seed=0)
     check(run)
-    monkeypatch.setattr("trainfn.step.leaf_norms", in_float32)
+    monkeypatch.setattr("trainfn.update.leaf_norms", in_float32)
     with pytest.raises(AssertionError, match="NON_FINITE_GRADIENT"):
         check(run)
 

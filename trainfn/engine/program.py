@@ -28,8 +28,9 @@ from trainfn.batch import Batch, micro_batches
 from trainfn.engine.layout import Layout, Packed
 from trainfn.grad import Gradients, fold, make_gradients_of, merge
 from trainfn.state import Buffers, Params, Report, TrainState
-from trainfn.step import Step, Update
+from trainfn.step import Step
 from trainfn.tree import evolve, leaf_norms, map_leaves, named_leaves, select, widened
+from trainfn.update import Update
 
 Program = Callable[[list[Tensor], TrainState, Batch], Report]
 ProgramMode = Literal["eager", "graph", "split", "accum"]
