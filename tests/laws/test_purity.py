@@ -241,3 +241,35 @@ def test_control_a_loss_that_writes_to_the_batch_is_noticed() -> None:
     model, batch = setup.net.model(), setup.batch()
     with pytest.raises(AssertionError, match="batch"), untouched(model, state := setup.state(model), batch):
         setup.step(model, careless)(state, batch)
+
+
+class Handed(torch.autograd.Function):
+    """``weight * x`` of one element each; its backward hands out the input itself as the gradient of the weight."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return weight * x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.saved_tensors[0], None
+
+
+class HandsOut(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(70_000))  # too large to share a pack in eager mode
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Handed.apply(self.weight, x)
+
+
+@pytest.mark.parametrize("donate", [False, True])
+def test_a_gradient_that_is_the_batch_is_not_written_to(donate: bool) -> None:
+    model, optimizer = HandsOut(), adamw(0.1)
+    plain = trainfn.make_step(model, loss=lambda outputs, batch: outputs.sum(), optimizer=optimizer, clip_norm=0.5)
+    step, batch = trainfn.compile(plain, mode="eager", donate=donate), torch.full((70_000,), 3.0)
+    before = batch.clone()
+    step(trainfn.init(model, optimizer), batch)
+    assert torch.equal(batch, before)

@@ -205,6 +205,10 @@ class Layout:
             rest=_joined(self._rest, self.counters(after)),
         )
 
+    def is_joined(self, name: str) -> bool:
+        """Return whether the pack of this name holds several parameters."""
+        return len(self._by_name[name].slots) > 1
+
     def split(self, packs: Params) -> Params:
         """Return what is in packs of trained parameters, by name, as views."""
         named: Params = {}

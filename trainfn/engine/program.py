@@ -103,7 +103,7 @@ def _eager(step: Step, form: _Tensors, backend: Any) -> Program:
                 return after.report
             decision = update.decide(state, found, norms)
             applied, factor = decision.applied, decision.factor
-            fused(state.params, _scaled(found.grads, factor, state.params), state.opt, state.step, applied)
+            fused(state.params, _scaled(layout, found.grads, factor, state.params), state.opt, state.step, applied)
             if state.ema is not None:
                 share = torch.where(applied, update.average_share(state.step), 0.0)
                 for name, mean in state.ema.items():
@@ -197,15 +197,17 @@ def _split(step: Step, form: _Tensors, backend: Any) -> Program:
     return program
 
 
-def _scaled(grads: Params, factor: Tensor, params: Params) -> Params:
-    """Return the gradients times ``factor`` in the parameters' dtypes, in their own memory if nothing else is there."""
-    found = list(grads.values())
-    is_own = len({grad.data_ptr() for grad in found}) == len(found) and all(grad.is_contiguous() for grad in found)
-    if is_own and all(grad.dtype == params[name].dtype for name, grad in grads.items()):
-        for grad in found:
-            grad.mul_(factor.to(grad.dtype))
-        return grads
-    return {name: (grad * factor.to(grad.dtype)).to(params[name].dtype) for name, grad in grads.items()}
+def _scaled(layout: Layout, found: Params, factor: Tensor, params: Params) -> Params:
+    """Return gradients times ``factor`` in the parameters' dtypes.
+
+    Those that were joined are in memory of our own and are multiplied there. The others may be anyone's: a backward may
+    return the batch itself.
+    """
+    scaled = {}
+    for name, grad in found.items():
+        share = factor.to(grad.dtype)
+        scaled[name] = (grad.mul_(share) if layout.is_joined(name) else grad * share).to(params[name].dtype)
+    return scaled
 
 
 def _room(packed: Packed) -> Gradients:
