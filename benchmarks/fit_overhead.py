@@ -32,7 +32,6 @@ def main() -> None:
                 compile="graph", progress=False, device="cpu", on_spike="off", health_every=None, ema=None,
                 log_every=1000,
             )  # fmt: skip
-            self.ends: list[float] = []
 
         def loss(self) -> float:
             raise NotImplementedError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -135,9 +136,9 @@ class Lightning:
                 outer.ends.append(time.perf_counter())
 
             def configure_optimizers(self) -> Any:
-                return outer.optimizer or torch.optim.AdamW(self.parameters(), lr=LR, weight_decay=DECAY, fused=True)
+                return outer.optimizer
 
-        self.lightning, self.work, self.optimizer = lightning, work, None
+        self.lightning, self.work = lightning, work
         self.module, self.last, self.ends = Module(), torch.zeros(()), list[float]()
         self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=LR, weight_decay=DECAY, fused=True)
 
@@ -200,7 +201,7 @@ class HuggingFace:
         x, y = self.work.batch
         items = [{"x": x[i], "labels": y[i]} for i in range(len(x))]
         arguments = self.transformers.TrainingArguments(
-            output_dir="/tmp/trainfn_benchmark",
+            output_dir=tempfile.gettempdir(),
             max_steps=steps,
             per_device_train_batch_size=len(x),
             max_grad_norm=CLIP,

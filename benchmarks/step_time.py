@@ -37,7 +37,8 @@ def main() -> None:
             print("JAX is not installed: left out")
         check_equal(peers)
         rows = summary(measure(peers, rounds=args.rounds, steps=work.steps), f"trainfn {args.modes[0]}")
-        record(f"step-{name}", rows, work=name, rounds=args.rounds, steps=work.steps)
+        kind = f"{name}-trainers" if args.trainers else name
+        record(f"step-{kind}", rows, work=name, rounds=args.rounds, steps=work.steps)
 
 
 if __name__ == "__main__":
