@@ -143,7 +143,7 @@ def _keep(
     if config.out_dir is None:
         return None, "pass out_dir= to have the step kept for trainfn.replay"
     notes: dict[str, Any] = {
-        "examples": [*examples],
+        "examples": list(examples),
         "loss": planned.record["config"]["loss"],
         "optimizer": planned.optimizer.name,
         "precision": config.precision,

@@ -38,9 +38,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from trainfn.batch import Batch, micro_batches
-from trainfn.errors import CompileError, ConfigError, DataError, ModelError, TrainfnError
+from trainfn.errors import CompileError, DataError, ModelError, TrainfnError
 from trainfn.grad import LossFn
-from trainfn.loss.base import LossSum
+from trainfn.loss.base import LossSum, check_count
 from trainfn.state import Buffers, Params, trainable
 from trainfn.tree import Tree, batch_length, describe, map_leaves, record
 
@@ -292,8 +292,7 @@ def _parts(
     if torch.compiler.is_compiling():
         hint = "call it from outside, and compile nothing but the loss: compile_samples(loss)"
         raise ModelError("Per-sample gradients are being traced by somebody's torch.compile.", where=_BUG, hint=hint)
-    if chunk_size is not None and (isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1):
-        raise ConfigError("chunk_size is out of range.", expected="an int >= 1, or None", got=repr(chunk_size))
+    check_count("chunk_size", chunk_size, optional=True)
     length = batch_length(batch)
     if length == 0:
         raise DataError("The batch holds no example.", expected="at least one", got=describe(batch))

@@ -26,6 +26,7 @@ from trainfn.grad import (
 )
 from trainfn.health import OnSpike
 from trainfn.loss import Loss, LossSum, resolve
+from trainfn.loss.base import check_count
 from trainfn.metric import Metric, MetricSum
 from trainfn.optim import Transform
 from trainfn.optim.clip import check_max_norm
@@ -141,14 +142,12 @@ def make_step(
     >>> int(state.step), int(after.step), after.cursor
     (0, 1, 1)
     """
-    if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
-        raise ConfigError("accumulate is out of range.", expected="an int >= 1", got=repr(accumulate))
+    check_count("accumulate", accumulate)
     if clip_norm is not None:
         check_max_norm(clip_norm)
     if ema is not None and not 0.0 <= ema < 1.0:
         raise ConfigError("The EMA decay is out of range.", expected="a number in [0, 1), or None", got=repr(ema))
-    if halt_after is not None and (isinstance(halt_after, bool) or not isinstance(halt_after, int) or halt_after < 1):
-        raise ConfigError("halt_after is out of range.", expected="an int >= 1, or None", got=repr(halt_after))
+    check_count("halt_after", halt_after, optional=True)
     if on_spike not in get_args(OnSpike):
         raise ConfigError(
             "There is no such answer to a spike.", got=repr(on_spike), hint=suggest(str(on_spike), get_args(OnSpike))

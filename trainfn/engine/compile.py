@@ -171,15 +171,16 @@ class CompiledStep:
         form = held.form
         assert form.program is not None
         try:
-            if form.draws[key] is False:
-                with surroundings(self.step.model, state, training=True, draws=False):
+            draws = form.draws[key]
+            if draws is not None:
+                with surroundings(self.step.model, state, training=True, draws=draws):
                     return form.program(held.tensors, held.views, batch)
+            # Whether it draws at all is looked at once: to seed the generators costs 20 us.
             with surroundings(self.step.model, state, training=True):
                 before = [generator.get_state() for generator in generators(state)]
                 report = form.program(held.tensors, held.views, batch)
-                if form.draws[key] is None:  # whether it draws at all: to seed the generators costs 20 us
-                    after = [generator.get_state() for generator in generators(state)]
-                    form.draws[key] = not all(map(torch.equal, before, after))
+                after = [generator.get_state() for generator in generators(state)]
+                form.draws[key] = not all(map(torch.equal, before, after))
                 return report
         except Exception as error:
             # Something else that the program was made for has changed, and to compile needs what _first_run sets.

@@ -118,10 +118,9 @@ class Layout:
 
         self.optimizer = bound(optimizer, choose)
         self._owners = dict.fromkeys(trained)
-        large = {name for name, param in trained.items() if most is not None and param.numel() > most}
-        alone = {name: name if name in large else None for name in trained}
-        self._trained = _packs(trained, lambda name: (alone[name], *(given[name] for given in answers)))
-        if not all(self._fits(role, trained) for role in self._roles(state.opt)):
+        alone = {name: name for name, param in trained.items() if most is not None and param.numel() > most}
+        self._trained = _packs(trained, lambda name: (alone.get(name), *(given[name] for given in answers)))
+        if not all(self._fits(role) for role in self._roles(state.opt)):
             self._trained = _packs(trained, lambda name: name)
         self._buffers = _packs(state.buffers, lambda name: None)
         self._rest = _packs(self.counters(state), lambda name: None)
@@ -227,7 +226,7 @@ class Layout:
     def _joined(self, leaves: Params) -> Params:
         return {pack.name: pack.join(leaves) for pack in self._trained if pack.name in leaves}
 
-    def _fits(self, role: Params, trained: Params) -> bool:
+    def _fits(self, role: Params) -> bool:
         """Whether what an optimizer keeps for parameters lies in memory as they do, where these share a pack."""
         for pack in self._trained:
             held = [role.get(slot.name) for slot in pack.slots]

@@ -70,8 +70,8 @@ class _Tensors:
         self.layout, self._places = layout, map_leaves(lambda leaf: next(places), form)
         leaves = [leaf for _, leaf in named_leaves(form)]
         size = sum(leaf.numel() for leaf in form.params.values())
-        # On a CPU a wrapper in C++ takes 100 us off a call and adds seconds to a compilation: for short steps.
         self.is_wide = any(param.dtype == torch.float64 for param in form.params.values())
+        # On a CPU a wrapper in C++ takes 100 us off a call and adds seconds to a compilation: for short steps.
         self.is_small = size <= _SMALL and all(leaf.device.type == "cpu" for leaf in leaves)
 
     def update(self, step: Step) -> Update:
@@ -80,11 +80,14 @@ class _Tensors:
     def packed(self, tensors: list[Tensor]) -> Packed:
         return map_leaves(lambda place: tensors[place], self._places)
 
-    def write(self, tensors: list[Tensor], after: Packed) -> None:
+    def apply(self, update: Update, tensors: list[Tensor], found: Gradients, norms: Tensor) -> Report:
+        """Write the state after an update with gradients in packs, and return its report."""
+        after = update(self.layout.packs(self.packed(tensors)), found, norms)
         written = evolve(self._places, frozen={})
-        for (_, place), (_, new) in zip(named_leaves(written), named_leaves(after), strict=True):
+        for (_, place), (_, new) in zip(named_leaves(written), named_leaves(self.layout.written(after)), strict=True):
             if new is not tensors[place]:
                 _copy(tensors[place], new)
+        return after.report
 
 
 def _eager(step: Step, form: _Tensors, backend: Any) -> Program:
@@ -96,11 +99,9 @@ def _eager(step: Step, form: _Tensors, backend: Any) -> Program:
         named = fold(step.gradients, views.params, views.buffers, parts, scale=views.scale)
         with torch.no_grad():
             norms, found = leaf_norms(named.grads), layout.joined(named)
-            state = layout.packs(form.packed(tensors))
             if fused is None:
-                after = update(state, found, norms)
-                form.write(tensors, layout.written(after))
-                return after.report
+                return form.apply(update, tensors, found, norms)
+            state = layout.packs(form.packed(tensors))
             decision = update.decide(state, found, norms)
             applied, factor = decision.applied, decision.factor
             fused(state.params, _scaled(layout, found.grads, factor, state.params), state.opt, state.step, applied)
@@ -122,12 +123,9 @@ def _graph(step: Step, form: _Tensors, backend: Any) -> Program:
     layout, update = form.layout, form.update(step)
 
     def whole(tensors: list[Tensor], batch: Batch) -> Report:
-        packed = form.packed(tensors)
-        params, buffers, scale = layout.inputs(packed)
+        params, buffers, scale = layout.inputs(form.packed(tensors))
         found = fold(step.gradients, params, buffers, micro_batches(batch, step.accumulate), scale=scale)
-        after = update(layout.packs(packed), layout.joined(found), norms=leaf_norms(found.grads))
-        form.write(tensors, layout.written(after))
-        return after.report
+        return form.apply(update, tensors, layout.joined(found), leaf_norms(found.grads))
 
     compiled = _compiled(whole, form, backend)
 
@@ -151,10 +149,7 @@ def _accum(step: Step, form: _Tensors, backend: Any) -> Program:
         _write(sums, merge(sums, layout.joined(found)))
 
     def finish(tensors: list[Tensor], sums: Gradients) -> Report:
-        packed = form.packed(tensors)
-        after = update(layout.packs(packed), sums, norms=leaf_norms(layout.split(sums.grads)))
-        form.write(tensors, layout.written(after))
-        return after.report
+        return form.apply(update, tensors, sums, leaf_norms(layout.split(sums.grads)))
 
     beginning, adding, finishing = (_compiled(fn, form, backend) for fn in (begin, add, finish))
     # Kept from step to step: memory that is new each time costs more, page by page, than the sums in it.
@@ -180,10 +175,7 @@ def _split(step: Step, form: _Tensors, backend: Any) -> Program:
         return step.loss(params, buffers, batch)
 
     def finish(tensors: list[Tensor], found: Gradients) -> Report:
-        packed = form.packed(tensors)
-        after = update(layout.packs(packed), layout.joined(found), norms=leaf_norms(found.grads))
-        form.write(tensors, layout.written(after))
-        return after.report
+        return form.apply(update, tensors, layout.joined(found), leaf_norms(found.grads))
 
     gradients = make_gradients_of(_compiled(forward, form, backend))
     finishing = _compiled(finish, form, backend)

@@ -168,6 +168,21 @@ def _is_number(value: Any) -> bool:
     return value.ndim == 0 if isinstance(value, Tensor) else isinstance(value, (int, float))
 
 
+def check_count(name: str, value: Any, *, optional: bool = False) -> None:
+    """Raise unless a setting is a whole number above 0, or None where that is an answer.
+
+    Raises:
+        ConfigError: it is not.
+
+    >>> check_count("bins", 15)
+    """
+    if optional and value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        expected = "an int >= 1, or None" if optional else "an int >= 1"
+        raise ConfigError(f"{name} is out of range.", expected=expected, got=repr(value))
+
+
 def check_number(name: str, value: float, *, least: float, most: float = math.inf) -> None:
     """Raise unless a setting is a finite number from ``least`` to ``most``.
 

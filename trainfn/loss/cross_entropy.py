@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trainfn.errors import ConfigError, ModelError
-from trainfn.loss.base import LossSum, check_number
+from trainfn.loss.base import LossSum, check_count, check_number
 from trainfn.tree import widened
 
 CrossEntropy = Callable[[Tensor, Tensor], LossSum]
@@ -59,8 +59,7 @@ def make_cross_entropy(
     check_number("label_smoothing", label_smoothing, least=0.0, most=1.0)
     check_number("z_loss", z_loss, least=0.0)
     table = None if class_weights is None else weights_tensor("class_weights", class_weights)
-    if chunk_size is not None and (isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1):
-        raise ConfigError("chunk_size is out of range.", expected="an int >= 1, or None", got=repr(chunk_size))
+    check_count("chunk_size", chunk_size, optional=True)
     if chunk_size is not None and table is not None:
         raise ConfigError("Class weights and chunk_size do not go together.", hint="leave one of them out")
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from trainfn.errors import ModelError
+from trainfn.loss.base import check_count
 from trainfn.loss.reading import Pooling, Reading
-from trainfn.metric.base import Metric, MetricSum, best, check_count, means, over_rows, summed
+from trainfn.metric.base import Metric, MetricSum, best, means, over_rows, summed
 
 
 def accuracy(*, ignore_index: int = -100, shift: bool = False, pooling: Pooling | None = None) -> Metric:

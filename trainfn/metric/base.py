@@ -142,15 +142,3 @@ def means(found: MetricSum) -> Tensor:
     tensor([0.2500, 0.5000], dtype=torch.float64)
     """
     return found.total.cpu().double() / found.weight.cpu().double()  # cpu first: not every device has float64
-
-
-def check_count(name: str, value: Any) -> None:
-    """Raise unless a setting is a whole number above 0.
-
-    Raises:
-        ConfigError: it is not.
-
-    >>> check_count("bins", 15)
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{name} is out of range.", expected="an int >= 1", got=repr(value))

@@ -17,8 +17,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from trainfn.loss.base import check_count
 from trainfn.loss.reading import Pooling, Reading
-from trainfn.metric.base import Metric, MetricSum, best, check_count, means, over_rows, summed, wide_float
+from trainfn.metric.base import Metric, MetricSum, best, means, over_rows, summed, wide_float
 from trainfn.tree import widened
 
 

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from trainfn.errors import ConfigError, DataError, ModelError, suggest
+from trainfn.loss.base import check_count
 from trainfn.loss.reading import Pooling, Reading
-from trainfn.metric.base import Metric, MetricSum, best, check_count, over_rows, summed
+from trainfn.metric.base import Metric, MetricSum, best, over_rows, summed
 
 Average = Literal["macro", "micro"]
 

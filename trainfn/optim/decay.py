@@ -48,6 +48,18 @@ def make_shrinkage(
     return at
 
 
+def by_decay(params: Params, weight_decay: float, decay: Decay | None) -> list[tuple[list[str], float]]:
+    """Return the names of what is decayed with the decay, and those of all else with 0; without empty groups.
+
+    >>> import torch
+    >>> by_decay({"w": torch.ones(2, 2), "b": torch.ones(2)}, 0.1, matrices_only)
+    [(['w'], 0.1), (['b'], 0.0)]
+    """
+    decayed = {name: None for name, param in params.items() if weight_decay and (decay is None or decay(name, param))}
+    groups = [([*decayed], weight_decay), ([name for name in params if name not in decayed], 0.0)]
+    return [(names, share) for names, share in groups if names]
+
+
 def with_l2(grads: Params, params: Params, weight_decay: Hyper, decay: Decay | None, step: Tensor) -> Params:
     """Return the gradients of the loss plus ``weight_decay / 2`` times the squared 2-norm of what is decayed."""
     if not weight_decay:

@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from trainfn.optim.decay import Decay
+from trainfn.optim.decay import Decay, by_decay
 from trainfn.optim.settings import PREDICATE, RATE, Rules, pair_of_shares
 from trainfn.optim.transform import Hyper, Scalar, Schedule, narrow, value_at, wide
 from trainfn.state import Params
@@ -155,28 +156,25 @@ def make_fused_adam(
         return None
 
     def fused(params: Params, grads: Params, state: AdamState, step: Tensor, applied: Tensor) -> None:
-        decayed = [name for name in grads if decay is None or decay(name, params[name])] if weight_decay else []
-        others = [name for name in grads if name not in set(decayed)]
         t, rate = (step + 1).float(), lr(step).float()
         skipped = (~applied).float()
-        for names, share in ((decayed, weight_decay), (others, 0.0)):
-            if names:
-                kernel(
-                    [params[name].detach() for name in names],
-                    [grads[name] for name in names],
-                    [state.mu[name] for name in names],
-                    [state.nu[name] for name in names],
-                    [],
-                    [t] * len(names),
-                    lr=rate,
-                    beta1=betas[0],
-                    beta2=betas[1],
-                    weight_decay=share,
-                    eps=eps,
-                    amsgrad=False,
-                    maximize=False,
-                    found_inf=skipped,
-                )
+        for names, share in by_decay(params, cast(float, weight_decay), decay):
+            kernel(
+                [params[name].detach() for name in names],
+                [grads[name] for name in names],
+                [state.mu[name] for name in names],
+                [state.nu[name] for name in names],
+                [],
+                [t] * len(names),
+                lr=rate,
+                beta1=betas[0],
+                beta2=betas[1],
+                weight_decay=share,
+                eps=eps,
+                amsgrad=False,
+                maximize=False,
+                found_inf=skipped,
+            )
 
     return fused
 

@@ -9,12 +9,12 @@ References:
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from trainfn.optim.decay import Decay, with_l2
+from trainfn.optim.decay import Decay, by_decay, with_l2
 from trainfn.optim.moments import zeros
 from trainfn.optim.schedule import as_schedule
 from trainfn.optim.settings import PREDICATE, RATE, SHARE, Rule, call, check
@@ -82,25 +82,22 @@ def sgd(
         return updates, SGDState(momentum=buffers)
 
     def fused(params: Params, grads: Params, state: SGDState, step: Tensor, applied: Tensor) -> None:
-        decayed = [name for name in grads if decay is None or decay(name, params[name])] if weight_decay else []
-        others = [name for name in grads if name not in set(decayed)]
         kernel: Any = torch._fused_sgd_
-        for names, share in ((decayed, weight_decay), (others, 0.0)):
-            if names:
-                kernel(
-                    [params[name].detach() for name in names],
-                    [grads[name] for name in names],
-                    [state.momentum[name] for name in names] if momentum else [],
-                    weight_decay=share,
-                    momentum=momentum,
-                    lr=schedule(step).float(),
-                    dampening=0.0,
-                    nesterov=nesterov,
-                    maximize=False,
-                    is_first_step=False,
-                    grad_scale=None,
-                    found_inf=(~applied).float(),
-                )
+        for names, share in by_decay(params, cast(float, weight_decay), decay):
+            kernel(
+                [params[name].detach() for name in names],
+                [grads[name] for name in names],
+                [state.momentum[name] for name in names] if momentum else [],
+                weight_decay=share,
+                momentum=momentum,
+                lr=schedule(step).float(),
+                dampening=0.0,
+                nesterov=nesterov,
+                maximize=False,
+                is_first_step=False,
+                grad_scale=None,
+                found_inf=(~applied).float(),
+            )
 
     name = call("sgd", lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, decay=decay)
     bind = rebind(

@@ -21,7 +21,7 @@ from trainfn.state import TrainState
 from trainfn.store import disk
 from trainfn.store.disk import CheckpointDamagedError
 from trainfn.store.manifest import Manifest, serialise
-from trainfn.store.sealed import STATE, build, listed, seal, unseal
+from trainfn.store.sealed import STATE, build, indented, seal, unseal
 from trainfn.store.strict_json import Json, canonical, loads
 
 MANIFEST = "manifest.json"
@@ -178,11 +178,11 @@ def _choose(path: Path) -> tuple[Path, Manifest, bytes]:
             bad.append(f"{step.name}: {' '.join(str(error).split())}")
             continue
         if bad:
-            newer = f"Newer checkpoints than {step} were passed over, because they are unusable:{listed(bad)}"
+            newer = f"Newer checkpoints than {step} were passed over, because they are unusable:{indented(bad)}"
             warnings.warn(newer, CheckpointWarning, stacklevel=3)
         return chosen
     if bad:
-        raise CheckpointError("None of the run's checkpoints is usable.", where=path, got=listed(bad))
+        raise CheckpointError("None of the run's checkpoints is usable.", where=path, got=indented(bad))
     raise CheckpointError(
         "There is no checkpoint.", where=path, expected="a run directory that holds step_XXXXXXXX directories"
     )

@@ -116,7 +116,7 @@ def build(manifest: Manifest, raw: bytes, like: TrainState, *, where: Path) -> T
         raise CheckpointError(
             "What was saved does not fit the state that it is loaded into.",
             where=where,
-            got=listed(differences),
+            got=indented(differences),
             hint="make `like` with the model and the optimizer that were saved",
         )
     stored = tensors.decode(raw)
@@ -130,7 +130,7 @@ def build(manifest: Manifest, raw: bytes, like: TrainState, *, where: Path) -> T
     return tree.map_named(placed, like)
 
 
-def listed(lines: Iterable[str]) -> str:
+def indented(lines: Iterable[str]) -> str:
     """Return one line below the other, for a message."""
     return "".join(f"\n    {line}" for line in lines)
 
