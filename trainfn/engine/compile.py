@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from trainfn.batch import Batch, micro_batches
+from trainfn.engine.cudagraph import Asked, Capturing, Cases, check_donated, make_capturing
 from trainfn.engine.layout import Layout, Packed
 from trainfn.engine.memory import keep_pages
 from trainfn.engine.program import Program, ProgramMode, compiling, make_program
@@ -49,7 +50,13 @@ class CompileWarning(UserWarning):
 
 
 def compile(
-    step: Step, *, mode: Mode = "auto", donate: bool = False, steps: int | None = None, backend: str = "inductor"
+    step: Step,
+    *,
+    mode: Mode = "auto",
+    donate: bool = False,
+    cuda_graph: Asked = "auto",
+    steps: int | None = None,
+    backend: str = "inductor",
 ) -> CompiledStep:
     """Return a step of the same signature and the same numbers, made to run fast.
 
@@ -60,12 +67,15 @@ def compile(
         mode: ``"graph"``, ``"accum"``, ``"split"``, ``"eager"``, or ``"auto"``, which chooses from the device, the
             accumulation and ``steps``. If the model cannot be compiled, ``auto`` says so and goes on in ``eager``.
         donate: write the new state into the old one's memory. The old state is consumed: any use of it raises.
+        cuda_graph: replay the step as one CUDA graph (:mod:`trainfn.engine.cudagraph`): ``"auto"`` where a few steps
+            timed both ways show that it is faster, True always, False never. It needs donated states on a GPU.
         steps: how many steps will be run, if known; short runs do not earn their compilation.
         backend: a ``torch.compile`` backend.
 
     Raises:
         ConfigError: an unknown mode.
-        CompileError: (from the call, ``mode="graph"``) the step does not compile as one program.
+        CompileError: (from the call, ``mode="graph"``) the step does not compile as one program; ``cuda_graph=True``,
+            and the step cannot be captured.
 
     >>> import trainfn
     >>> from trainfn.step import make_step
@@ -84,7 +94,10 @@ def compile(
         raise ConfigError(
             "There is no compile mode of this name.", got=repr(mode), hint=suggest(str(mode), get_args(Mode))
         )
-    return CompiledStep(step, mode=mode, donate=donate, steps=steps, backend=backend)
+    if cuda_graph != "auto" and not isinstance(cuda_graph, bool):
+        raise ConfigError("This is no answer.", got=f"cuda_graph={cuda_graph!r}", expected='"auto", True or False')
+    check_donated(cuda_graph, donate)
+    return CompiledStep(step, mode=mode, donate=donate, steps=steps, backend=backend, cuda_graph=cuda_graph)
 
 
 class CompiledStep:
@@ -93,16 +106,21 @@ class CompiledStep:
     Attributes:
         step: the step it means.
         mode: one of the modes, or ``"auto"`` until the first call has shown the device.
-        reason: why this mode.
+        reason: why this mode, and why a CUDA graph or none.
         donate: whether a state given is consumed.
+        cuda_graph: whether one was asked for.
         compiles: how often a call had to compile.
         compile_seconds: what that has cost, first calls included.
     """
 
-    def __init__(self, step: Step, *, mode: Mode, donate: bool, steps: int | None, backend: str) -> None:
-        self.step, self.donate, self.backend = step, donate, backend
+    def __init__(
+        self, step: Step, *, mode: Mode, donate: bool, steps: int | None, backend: str, cuda_graph: Asked = "auto"
+    ) -> None:
+        self.step, self.donate, self.backend, self.cuda_graph = step, donate, backend, cuda_graph
         self.mode: Mode = mode
-        self.reason = "as asked"
+        self._why, self._why_called = "as asked", ""
+        self._capturing: Capturing | None = None  # on a GPU, once the first call has shown it
+        self._settled = False
         self.compiles, self.compile_seconds = 0, 0.0
         self._may_fall_back, self._steps = mode == "auto", steps
         self._forms: dict[Hashable, _Form] = {}  # by signature of the state
@@ -111,7 +129,8 @@ class CompiledStep:
     def __call__(self, state: TrainState, batch: Batch) -> TrainState:
         """Return the state after one step; see :class:`trainfn.step.Step`."""
         cursor = state.cursor  # of a consumed state, this raises
-        self.settle(state)
+        if not self._settled:
+            self.settle(state)
         after = self._run(state, batch, cursor) or self._run(state, batch, cursor)  # the second one in eager
         assert after is not None
         if self.donate:
@@ -126,9 +145,18 @@ class CompiledStep:
 
     def settle(self, state: TrainState) -> tuple[Mode, str]:
         """Decide what ``auto`` means for this state's device, once; return the mode and the reason."""
-        if self.mode == "auto":
-            self.mode, self.reason = _choose(state.step.device, self.step.accumulate, self._steps)
+        if not self._settled:
+            device = state.step.device
+            if self.mode == "auto":
+                self.mode, self._why = _choose(device, self.step.accumulate, self._steps)
+            made = make_capturing(self.cuda_graph, device, donate=self.donate, mode=self.mode)
+            (self._capturing, self._why_called), self._settled = made, True
         return self.mode, self.reason
+
+    @property
+    def reason(self) -> str:
+        why = self._why_called if self._capturing is None else self._capturing.reason
+        return f"{self._why}; {why}" if why else self._why
 
     def _run(self, state: TrainState, batch: Batch, cursor: int) -> TrainState | None:
         """Run the program. None: it cannot be compiled, and ``auto`` goes on in eager."""
@@ -148,6 +176,8 @@ class CompiledStep:
             if form.program is None:
                 form.program = make_program("eager", self.step, form.layout, held.packed, self.backend)
             with surroundings(self.step.model, state, training=True):
+                if self._capturing is not None:
+                    return self._captured(self._capturing, held, batch, _signature(batch))
                 return form.program(held.tensors, held.views, batch)
         key = _signature(batch)
         report = self._known_run(state, held, batch, key) if key in form.draws else None
@@ -174,6 +204,8 @@ class CompiledStep:
             draws = form.draws[key]
             if draws is not None:
                 with surroundings(self.step.model, state, training=True, draws=draws):
+                    if self._capturing is not None:
+                        return self._captured(self._capturing, held, batch, key)
                     return form.program(held.tensors, held.views, batch)
             # Whether it draws at all is looked at once: to seed the generators costs 20 us.
             with surroundings(self.step.model, state, training=True):
@@ -187,6 +219,13 @@ class CompiledStep:
             if not type(error).__module__.startswith("torch._dynamo"):
                 raise
         return None
+
+    def _captured(self, capturing: Capturing, held: _Held, batch: Batch, key: Hashable) -> Report:
+        program = held.form.program
+        assert program is not None
+        return capturing.run(
+            held.cases, key, held.packed, batch, lambda given: program(held.tensors, held.views, given)
+        )
 
     def _first_run(self, state: TrainState, held: _Held, batch: Batch, key: Hashable) -> Report | None:
         """Run the program where it has to be compiled first. None: it cannot be, and ``auto`` goes on in eager."""
@@ -215,6 +254,7 @@ class CompiledStep:
         if failure is not None:
             self.step(state, batch)  # a mistake in the loss or the settings is raised here as itself, too
             self._refuse(failure)
+            self.settle(state)
             for other in self._forms.values():  # states are packed anew, for eager
                 other.owner = None
             self._forms.clear()
@@ -235,8 +275,8 @@ class CompiledStep:
                 got=f"{type(error).__name__}: {summary}",
                 hint='pass compile="eager" to fit, or mode="eager" to trainfn.compile; the cause is shown above',
             ) from error
-        self.mode, self.reason = "eager", f"it does not compile as one program ({summary})"
-        warnings.warn(f"Going on in eager mode: {self.reason}", CompileWarning, stacklevel=6)
+        self.mode, self._why, self._settled = "eager", f"it does not compile as one program ({summary})", False
+        warnings.warn(f"Going on in eager mode: {self._why}", CompileWarning, stacklevel=6)
 
 
 @attrs.define(eq=False)
@@ -261,6 +301,7 @@ class _Held:
 
     def __init__(self, form: _Form, packed: Packed) -> None:
         self.form, self.packed = form, packed
+        self.cases: Cases = {}  # recordings over these packs
         self.tensors = [leaf for _, leaf in named_leaves(packed)]
 
     @functools.cached_property
