@@ -382,6 +382,20 @@ def test_a_donated_state_is_written_in_place_in_graph_mode() -> None:
     assert digest(state.params) != bits
 
 
+@pytest.mark.parametrize("mode", ["eager", "graph", "accum", "split"])
+def test_a_report_stays_what_it_was(mode: Mode) -> None:
+    """Those of several steps are read together, when a row of the history is due."""
+    setup = Setup(LmRecipe(), adamw(0.1), accumulate=2)
+    step, state = compiled(setup, mode=mode, donate=True, backend="aot_eager")
+    reports, bits = [], []
+    for index in range(4):
+        state = step(state, setup.batch(index))
+        reports.append(state.report)
+        bits.append(digest(state.report))
+    assert [digest(report) for report in reports] == bits
+    assert len({float(report.weight) for report in reports}) > 1  # control: the weights do differ
+
+
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 FAULTS = """

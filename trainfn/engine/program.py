@@ -149,7 +149,8 @@ def _accum(step: Step, form: _Tensors, backend: Any) -> Program:
         _write(sums, merge(sums, layout.joined(found)))
 
     def finish(tensors: list[Tensor], sums: Gradients) -> Report:
-        return form.apply(update, tensors, sums, leaf_norms(layout.split(sums.grads)))
+        own = evolve(sums, weight=sums.weight.clone())  # the report says the weight, and sums are written again
+        return form.apply(update, tensors, own, leaf_norms(layout.split(sums.grads)))
 
     beginning, adding, finishing = (_compiled(fn, form, backend) for fn in (begin, add, finish))
     # Kept from step to step: memory that is new each time costs more, page by page, than the sums in it.
