@@ -6,11 +6,12 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+from torch import Tensor
 
 from trainfn.errors import listed
 from trainfn.header import header
@@ -18,6 +19,8 @@ from trainfn.health import AILMENTS, ALARMING, REFUSED, HealthWarning, Verdict, 
 from trainfn.plan import Plan
 from trainfn.state import Report, TrainState, trainable
 from trainfn.store import History, cut, rows
+
+_COLUMNS = ("loss", "weight", "grad_norm", "lr")
 
 Row = dict[str, Any]
 """One row of the history: ``step``, ``epoch``, ``loss``, ``grad_norm``, ``lr``, ... and ``val_loss`` when evaluated."""
@@ -29,9 +32,9 @@ Observer = Callable[[TrainState], object]
 class Recorder:
     """Turns reports into rows: one for every ``log_every`` steps, evaluation and checkpoint.
 
-    Reports stay on the device until a row is due; then they are read together. A row's ``loss`` is the weighted mean
-    over all applied steps since the row before; its ``verdict`` is the first of these steps' that is not ok;
-    ``applied``, ``skipped``, ``micro_batches`` and ``seen`` (tokens, labels, examples) are totals of the run.
+    Reports stay on the device until a row is due; then they are read together, in one copy. A row's ``loss`` is the
+    weighted mean over all applied steps since the row before; its ``verdict`` is the first of these steps' that is not
+    ok; ``applied``, ``skipped``, ``micro_batches`` and ``seen`` (tokens, labels, examples) are totals of the run.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -57,12 +60,13 @@ class Recorder:
         """Read the pending reports, and write and return the row that they and the metrics make."""
         seconds = time.perf_counter() - self._began
         row: Row = {"step": state.cursor, "epoch": (state.cursor - 1) // self._plan.loader.batches_per_epoch}
+        table, totals = _read(self._pending, state)
         if self._pending:
-            verdicts = self._verdicts(state)
-            row |= _summary(self._pending, list(verdicts.values()))
+            verdicts = dict(enumerate((Verdict(int(line[-1])) for line in table), state.cursor - len(table)))
+            row |= _summary(table, list(verdicts.values()))
             self._warn(verdicts)
             self._pending = []
-        row |= _totals(state)
+        row |= totals
         every = self._plan.config.health_every
         if every is not None and state.cursor % every == 0:
             row |= _tensor_health(state)
@@ -132,35 +136,59 @@ class Progress:
             print(text, file=self._stream, flush=True)
 
 
-def _summary(reports: list[Report], verdicts: list[Verdict]) -> Row:
-    """Read reports from the device, one copy a field, and sum them up."""
+def _read(reports: list[Report], state: TrainState) -> tuple[list[list[float]], Row]:
+    """Return loss, weight, gradient norm, rate and verdict of each report, and what all steps have added up."""
+    stats, scale = state.stats, state.scale
+    cells = [cell for report in reports for cell in (*(getattr(report, name) for name in _COLUMNS), report.verdict)]
+    totals = [stats.seen, stats.micro_batches, stats.outcomes] + ([] if scale is None else [scale.factor])
+    numbers = fetched([*cells, *totals])
+    width = len(_COLUMNS) + 1
+    table = [numbers[start : start + width] for start in range(0, width * len(reports), width)]
+    seen, micro, outcomes, *factor = numbers[len(cells) :]
+    row: Row = {
+        "applied": int(sum(outcomes[verdict] for verdict in Verdict if verdict.applied)),
+        "skipped": int(sum(outcomes[verdict] for verdict in Verdict if not verdict.applied)),
+        "micro_batches": int(micro),
+        "seen": seen,
+    }
+    return table, (row | {"scale": factor[0]} if factor else row)
 
-    def read(name: str) -> list[float]:
-        values: list[float] = torch.stack([getattr(report, name) for report in reports]).tolist()
-        return values
 
-    good = [index for index, verdict in enumerate(verdicts) if verdict.applied]
-    losses, weights, norms, lrs = read("loss"), read("weight"), read("grad_norm"), read("lr")
-    weight = sum(weights[index] for index in good)
+def fetched(values: Sequence[Tensor]) -> list[Any]:
+    """Return the numbers in tensors of one device; from a GPU by one copy into page-locked memory, waited for alone.
+
+    >>> fetched([torch.tensor(3), torch.tensor([0.5, 1.0])])
+    [3, [0.5, 1.0]]
+    """
+    if not values[0].is_cuda:
+        return [value.tolist() for value in values]
+    row = torch.cat([value.reshape(-1).to(torch.float64) for value in values])
+    landed = torch.empty(row.shape, dtype=row.dtype, pin_memory=True)
+    landed.copy_(row, non_blocking=True)
+    torch.cuda.current_stream(row.device).record_event().synchronize()
+    return taken_apart(landed, values)
+
+
+def taken_apart(row: Tensor, values: Sequence[Tensor]) -> list[Any]:
+    """Return the numbers in a row of all elements, one after another, in the shapes of ``values``.
+
+    >>> taken_apart(torch.arange(3.0), [torch.tensor(3), torch.tensor([1, 1])])
+    [0.0, [1.0, 2.0]]
+    """
+    parts = torch.split(row, [value.numel() for value in values])
+    return [part.view(value.shape).tolist() for part, value in zip(parts, values, strict=True)]
+
+
+def _summary(table: list[list[float]], verdicts: list[Verdict]) -> Row:
+    good = [line for line, verdict in zip(table, verdicts, strict=True) if verdict.applied]
+    weight = sum(line[1] for line in good)
     return {
-        "loss": sum(losses[index] * weights[index] for index in good) / weight if good else math.nan,
+        "loss": sum(line[0] * line[1] for line in good) / weight if good else math.nan,
         "weight": weight,
-        "grad_norm": norms[-1],
-        "lr": lrs[-1],
+        "grad_norm": table[-1][2],
+        "lr": table[-1][3],
         "verdict": next((v for v in verdicts if v != Verdict.OK), Verdict.OK).name.lower(),
     }
-
-
-def _totals(state: TrainState) -> Row:
-    """Read what has been added up since the first step."""
-    outcomes = state.stats.outcomes.tolist()
-    row: Row = {
-        "applied": sum(outcomes[verdict] for verdict in Verdict if verdict.applied),
-        "skipped": sum(outcomes[verdict] for verdict in Verdict if not verdict.applied),
-        "micro_batches": int(state.stats.micro_batches),
-        "seen": float(state.stats.seen),
-    }
-    return row if state.scale is None else row | {"scale": float(state.scale.factor)}
 
 
 def _tensor_health(state: TrainState) -> Row:
