@@ -14,6 +14,8 @@ import torch
 from torch import nn
 
 from trainfn.batch import Batch
+from trainfn.data import CopyStream, prefetched
+from trainfn.engine import collecting_at_rows
 from trainfn.errors import ConfigError
 from trainfn.evaluation import check_noise, evaluate_plan, noise_columns
 from trainfn.halt import divergence, make_finite_check, make_halt_check
@@ -134,26 +136,28 @@ def carry_out(planned: Plan, observers: Sequence[Observer] = ()) -> FitResult:
         record = planned.record | {"config": planned.record["config"] | {"compile_mode": planned.step.mode}}
         return save(state, config.out_dir, metrics=metrics, **record)
 
-    for state in run(planned):
-        recorder.step(state)
-        progress.step(state)
-        for observer in observers:
-            observer(state)
-        due = _due(planned, state.cursor)
-        if must_halt(state, due.row):
-            refused = recorder.last_refused(state)
-            recorder.row(state, {})
-            raise divergence(planned, state, *refused, keep)
-        if due.evaluation or due.checkpoint:
-            check_finite(state, checkpoint)
-        if due.row:
-            metrics = evaluate_plan(planned, state) if due.evaluation else {}
-            if due.noise:
-                metrics |= noise_columns(planned, state, recorder.rows)
-            last |= metrics
-            progress.row(recorder.row(state, metrics))
-        if due.checkpoint:
-            checkpoint = keep(state)
+    with collecting_at_rows() as collect:
+        for state in run(planned):
+            recorder.step(state)
+            progress.step(state)
+            for observer in observers:
+                observer(state)
+            due = _due(planned, state.cursor)
+            if must_halt(state, due.row):
+                refused = recorder.last_refused(state)
+                recorder.row(state, {})
+                raise divergence(planned, state, *refused, keep)
+            if due.evaluation or due.checkpoint:
+                check_finite(state, checkpoint)
+            if due.row:
+                metrics = evaluate_plan(planned, state) if due.evaluation else {}
+                if due.noise:
+                    metrics |= noise_columns(planned, state, recorder.rows)
+                last |= metrics
+                progress.row(recorder.row(state, metrics))
+                collect()
+            if due.checkpoint:
+                checkpoint = keep(state)
     seconds = time.perf_counter() - began
     progress.end(_ending(planned, state, seconds, last["val_loss"], checkpoint))
     return FitResult(
@@ -178,6 +182,8 @@ def run(planned: Plan) -> Iterator[TrainState]:
     """
     state = planned.state
     batches = planned.loader.batches(state.cursor, max(planned.stop, state.cursor))
+    if planned.device.type == "cuda":
+        batches = prefetched(batches, CopyStream(planned.device))
     try:
         for batch in batches:
             state = planned.step(state, planned.to_device(batch))
