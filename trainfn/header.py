@@ -102,7 +102,7 @@ def _describe_start(plan: Plan) -> str:
         return f"this run is complete: step {state.cursor} of {stop}; a larger max_steps or max_epochs continues it"
     new = {**record["config"], "optimizer": record["optimizer"]}
     old = {**plan.previous.config, "optimizer": plan.previous.optimizer}
-    ignored = {"resume", "out_dir", "progress", "stop", "compile", "compile_mode"}
+    ignored = {"resume", "out_dir", "progress", "stop", "compile", "compile_mode", "cuda_graph"}
     changed = [f"{name} {old.get(name)} -> {new[name]}" for name in new if old.get(name) != new[name]]
     changed = [text for text in changed if text.split(" ")[0] not in ignored]
     return f"step {state.cursor} of {stop}, resumed from {plan.resumed_from}" + (

@@ -88,6 +88,7 @@ def plan(
 
     Raises:
         ConfigError: settings that are unknown, out of range, or contradict each other; an unusable ``out_dir``.
+        CompileError: ``cuda_graph=True`` without a GPU.
         DataError, ModelError: data, model and loss do not go together.
         CheckpointError: there is a checkpoint, and it cannot be continued from.
 
@@ -140,11 +141,15 @@ def plan(
     }
     _check_writable(config.out_dir)
     state, resumed_from, manifest = _resume(config, state, record)
+    mode = _mode(config, manifest)
+    compiled = compile(step, mode=mode, donate=True, cuda_graph=config.cuda_graph, steps=stop)
+    if config.cuda_graph is True:
+        compiled.settle(state)  # raises where there can be none
     return Plan(
         config=config,
         model=model,
         optimizer=optimizer,
-        step=compile(step, mode=_mode(config, manifest), donate=True, steps=stop),
+        step=compiled,
         state=state,
         loader=loader,
         val_loader=val_loader,

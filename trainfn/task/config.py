@@ -99,6 +99,8 @@ class TrainConfig:
         workers: processes that fetch batches.
         device: ``"auto"`` (a GPU if there is one) or a torch device.
         compile: ``"auto"``, ``"graph"`` or ``"eager"``; see :func:`trainfn.compile`.
+        cuda_graph: replay each step as one CUDA graph: ``"auto"`` where that is faster, True always, or it is an error;
+            see :func:`trainfn.compile`.
         halt_after: stop the run after this many steps in a row with non-finite numbers.
         on_spike: what to do about a loss or gradient norm far above its recent past: ``"warn"``, ``"skip"`` the step,
             ``"halt"`` the run, or ``"off"``; see :mod:`trainfn.health`.
@@ -132,6 +134,7 @@ class TrainConfig:
     workers: int = _setting(0, "an int >= 0", _at_least(0))
     device: str = _setting("auto", '"auto" or the name of a device', lambda v: isinstance(v, str))
     compile: Literal["auto", "eager", "graph"] = _one_of("auto", "eager", "graph")
+    cuda_graph: Literal["auto"] | bool = _setting("auto", '"auto" or a bool', lambda v: v == "auto" or _is_bool(v))
     halt_after: int = _setting(3, "an int >= 1", _at_least(1))
     on_spike: Literal["off", "warn", "skip", "halt"] = _one_of("warn", "off", "skip", "halt")
     health_every: int | None = _setting(100, "an int >= 1", _at_least(1), optional=True)
