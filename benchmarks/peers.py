@@ -22,13 +22,30 @@ LR, DECAY, CLIP, EMA = 1e-3, 0.01, 1.0, 0.999
 class Ours:
     """``trainfn.compile(step)``, donating, as ``fit`` runs it."""
 
-    def __init__(self, work: Workload, mode: Any, *, accumulate: int = 1, batch: Any = None) -> None:
-        model, optimizer = work.model(), trainfn.optim.adamw(LR, weight_decay=DECAY)
+    def __init__(
+        self,
+        work: Workload,
+        mode: Any,
+        *,
+        accumulate: int = 1,
+        batch: Any = None,
+        device: str = "cpu",
+        precision: str = "32-true",
+        cuda_graph: Any = "auto",
+    ) -> None:
+        model, optimizer = work.model().to(device), trainfn.optim.adamw(LR, weight_decay=DECAY)
         plain = trainfn.make_step(
-            model, loss=work.loss, optimizer=optimizer, clip_norm=CLIP, ema=EMA, accumulate=accumulate
+            model,
+            loss=work.loss,
+            optimizer=optimizer,
+            clip_norm=CLIP,
+            ema=EMA,
+            accumulate=accumulate,
+            precision=precision,
         )
-        self.step = trainfn.compile(plain, mode=mode, donate=True)
-        self.state, self.batch = trainfn.init(model, optimizer, ema=True), batch or work.batch
+        self.step = trainfn.compile(plain, mode=mode, donate=True, cuda_graph=cuda_graph)
+        self.state = trainfn.init(model, optimizer, ema=True, precision=precision)
+        self.batch = tuple(each.to(device) for each in batch or work.batch)
 
     def take(self) -> None:
         self.state = self.step(self.state, self.batch)
@@ -44,19 +61,24 @@ class Ours:
 class Plain:
     """The loop that people write by hand, with fused AdamW; the model compiled or not."""
 
-    def __init__(self, work: Workload, *, compiled: bool, accumulate: int = 1) -> None:
-        self.model = work.model()
+    def __init__(
+        self, work: Workload, *, compiled: bool, accumulate: int = 1, device: str = "cpu", bf16: bool = False
+    ) -> None:
+        self.model = work.model().to(device)
         self.call = torch.compile(self.model) if compiled else self.model
         self.params = list(self.model.parameters())
         self.optimizer = torch.optim.AdamW(self.params, lr=LR, weight_decay=DECAY, fused=True)
         self.ema = [param.detach().clone() for param in self.params]
         self.work, self.accumulate, self.norm = work, accumulate, torch.zeros(())
+        self.batch = tuple(each.to(device) for each in work.batch)
+        self.cast = torch.autocast(device, torch.bfloat16, enabled=bf16)
 
     def take(self) -> Tensor:
         losses = []
-        inputs, targets = (each.chunk(self.accumulate) for each in self.work.batch)
+        inputs, targets = (each.chunk(self.accumulate) for each in self.batch)
         for x, y in zip(inputs, targets, strict=True):
-            loss = self.work.mean(self.call(x), y) / self.accumulate
+            with self.cast:
+                loss = self.work.mean(self.call(x), y) / self.accumulate
             loss.backward()
             losses.append(loss.detach())
         total = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
