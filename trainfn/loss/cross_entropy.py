@@ -77,7 +77,8 @@ def make_cross_entropy(
                     expected=f"{table.shape[0]} classes",
                     got=f"logits {list(logits.shape)}",
                 )
-            weights = table.to(device=wide.device, dtype=wide.dtype, non_blocking=True)
+            # In two steps: a conversion on the host would be copied from memory that a CUDA graph cannot rely on.
+            weights = table.to(wide.device, non_blocking=True).to(wide.dtype)
         # Over pixels the summed kernel adds atomically, in any order (torch's list of nondeterministic operations).
         total = F.cross_entropy(
             wide,

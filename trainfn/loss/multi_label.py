@@ -48,7 +48,7 @@ def multi_label(*, pos_weight: Sequence[float] | Tensor | None = None, ignore_in
     @reads(Reading("labels", ignore_index))
     def loss(outputs: Any, batch: Batch) -> LossSum:
         wide, labels, counted = entries(outputs, batch, ignore_index, None if table is None else table.shape[0])
-        weights = None if table is None else table.to(device=wide.device, dtype=wide.dtype, non_blocking=True)
+        weights = None if table is None else table.to(wide.device, non_blocking=True).to(wide.dtype)
         each = F.binary_cross_entropy_with_logits(
             wide, torch.where(counted, labels, 0.0), pos_weight=weights, reduction="none"
         )
