@@ -15,8 +15,10 @@ seed but the address of one, and ``CUDAGraph.replay`` writes the generator's see
 (``CUDAGeneratorImpl.h``, "CUDA Graph-safe RNG states"; the same in torch 2.11 and 2.13). A replay after ``manual_seed``
 therefore draws what the calls would. The host's generator has no such address: a step that draws from it is refused.
 
-What a recording cannot see is Python: a number that the model, the loss or the optimizer reads from an attribute is the
-one that it was while recording, and so is every decision taken from it.
+What a recording cannot see is the host. A number that the model, the loss or the optimizer reads from an attribute is
+the one that it was while recording, and so is every decision taken from it; a compiled program would have noticed. What
+a forward copies from the host with ``non_blocking=True`` is copied from the same address ever after. Hence ``"auto"``
+leaves eager steps alone.
 """
 
 from __future__ import annotations
