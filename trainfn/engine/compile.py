@@ -64,7 +64,7 @@ def compile(
         backend: a ``torch.compile`` backend.
 
     Raises:
-        ConfigError: an unknown mode.
+        ConfigError: an unknown mode; or one that cannot recompute, of a step with ``checkpoint=``.
         CompileError: (from the call, ``mode="graph"``) the step does not compile as one program.
 
     >>> import trainfn
@@ -83,6 +83,15 @@ def compile(
     if mode not in get_args(Mode):
         raise ConfigError(
             "There is no compile mode of this name.", got=repr(mode), hint=suggest(str(mode), get_args(Mode))
+        )
+    if step.checkpoint and mode in ("graph", "accum"):
+        raise ConfigError(
+            "This mode does not recompute activations.",
+            where=", ".join(step.checkpoint),
+            expected='mode "split", "eager" or "auto"',
+            got=f"{mode!r}: where forward and backward are one program, the compiler sees the same work twice, does it "
+            "once, and keeps the result",
+            hint='pass compile="split" to fit, or mode="split" to trainfn.compile; or leave out checkpoint=',
         )
     return CompiledStep(step, mode=mode, donate=donate, steps=steps, backend=backend)
 
@@ -127,7 +136,7 @@ class CompiledStep:
     def settle(self, state: TrainState) -> tuple[Mode, str]:
         """Decide what ``auto`` means for this state's device, once; return the mode and the reason."""
         if self.mode == "auto":
-            self.mode, self.reason = _choose(state.step.device, self.step.accumulate, self._steps)
+            self.mode, self.reason = _choose(state.step.device, self.step, self._steps)
         return self.mode, self.reason
 
     def _run(self, state: TrainState, batch: Batch, cursor: int) -> TrainState | None:
@@ -296,14 +305,16 @@ def _signature(tree: Tree) -> Hashable:
     )
 
 
-def _choose(device: torch.device, accumulate: int, steps: int | None) -> tuple[Mode, str]:
+def _choose(device: torch.device, step: Step, steps: int | None) -> tuple[Mode, str]:
     if steps is not None and steps < _LEAST_STEPS:
         return "eager", f"{steps} steps would not earn back the compilation (fewer than {_LEAST_STEPS})"
     missing = _missing_tool(device)
     if missing:
         return "eager", f"torch.compile needs {missing}, which was not found"
-    if accumulate > _MOST_UNROLLED:
-        return "accum", f"{accumulate} micro-batches would make too long a program"
+    if step.checkpoint:
+        return "split", "one program for the whole step would keep what a checkpoint means to recompute"
+    if step.accumulate > _MOST_UNROLLED:
+        return "accum", f"{step.accumulate} micro-batches would make too long a program"
     return "graph", "one program for the whole step"
 
 

@@ -26,7 +26,8 @@ from torch import Tensor
 
 from trainfn.batch import Batch, micro_batches
 from trainfn.engine.layout import Layout, Packed
-from trainfn.grad import Gradients, fold, make_gradients_of, merge
+from trainfn.grad import Gradients, fold, make_gradients_of, make_loss, merge
+from trainfn.recompute import recomputing
 from trainfn.state import Buffers, Params, Report, TrainState
 from trainfn.step import Step
 from trainfn.tree import evolve, leaf_norms, map_leaves, named_leaves, select, widened
@@ -170,9 +171,10 @@ def _accum(step: Step, form: _Tensors, backend: Any) -> Program:
 
 def _split(step: Step, form: _Tensors, backend: Any) -> Program:
     layout, update = form.layout, form.update(step)
+    loss = make_loss(step.model, step.strategy, step.precision, step.checkpoint)
 
     def forward(params: Params, buffers: Buffers, batch: Batch) -> Any:
-        return step.loss(params, buffers, batch)
+        return loss(params, buffers, batch)
 
     def finish(tensors: list[Tensor], found: Gradients) -> Report:
         return form.apply(update, tensors, layout.joined(found), leaf_norms(found.grads))
@@ -182,7 +184,8 @@ def _split(step: Step, form: _Tensors, backend: Any) -> Program:
 
     def program(tensors: list[Tensor], views: TrainState, batch: Batch) -> Report:
         parts = micro_batches(batch, step.accumulate)
-        found = fold(gradients, views.params, views.buffers, parts, scale=views.scale)
+        with recomputing(step.model, step.checkpoint):
+            found = fold(gradients, views.params, views.buffers, parts, scale=views.scale)
         report: Report = finishing(tensors, found)
         return report
 
