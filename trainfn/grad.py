@@ -10,7 +10,6 @@ uneven padding are one addition, and the single division by the total weight is 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, Protocol
@@ -72,15 +71,13 @@ def make_forward(model: nn.Module, precision: str = "32-true", checkpoint: Seque
     arguments = make_arguments(model)
     dtype = resolve_precision(precision).compute
     low = lowered(model) if dtype is not None else frozenset()
-    # A cache of keys and values is written to by each block: a second run would find itself in it.
-    no_cache = {"use_cache": False} if checkpoint and "use_cache" in inspect.signature(model.forward).parameters else {}
 
     def apply(params: Params, buffers: Buffers, batch: Batch) -> Any:
         args, kwargs = cast(arguments(batch), dtype)
         whole = params | buffers
         tensors = {name: cast(tensor, dtype) if name in low else tensor for name, tensor in whole.items()}
         with recomputing(model, checkpoint) if checkpoint and not torch.compiler.is_compiling() else nullcontext():
-            outputs = functional_call(model, tensors, args, kwargs | no_cache, tie_weights=True)
+            outputs = functional_call(model, tensors, args, kwargs, tie_weights=True)
         for name, old in buffers.items():
             new = tensors[name]  # a forward may also put a new tensor in a buffer's place
             if new.dtype != old.dtype:  # lowered: what has not changed keeps all its digits

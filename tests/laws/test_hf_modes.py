@@ -92,7 +92,7 @@ def test_every_mode_agrees_and_donation_is_bitwise(name: str, mode: str) -> None
 
 @pytest.mark.parametrize("name", ["gpt2", "bert", "llama"])
 def test_recomputed_is_kept_to_the_bit(name: str) -> None:
-    """The first two make a cache of keys and values unless told not to, which a second run would find filled."""
+    """Llama and GPT-2 make a cache of keys and values unless told not to, which a second run would find filled."""
     right = run(name, "eager", donate=False, dropout=0.2)
     for donate in (False, True):
         found = run(name, "eager", donate=donate, dropout=0.2, checkpoint=BLOCKS[name])
