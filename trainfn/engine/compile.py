@@ -40,6 +40,7 @@ Mode = Literal["auto", "eager", "graph", "split", "accum"]
 
 _LEAST_STEPS = 5_000  # heuristic: cold, two cores compile for 15 to 70 s; a small model's step is 0.5 to 15 ms shorter
 _MOST_COPIED = 2**16  # elements: uncompiled, gradients of larger tensors cost more to join than a call of a kernel does
+_MOST_SHAPES = 4  # of a batch, that programs are compiled for, up to a minute each: more is no habit that ends
 _MOST_SURPRISES = 3  # programs compiled again for no new shape, before that is taken as a habit
 _MOST_UNROLLED = 4  # micro-batches are unrolled in the program, which grows, and so does compile time, with each
 
@@ -54,6 +55,8 @@ def compile(
     """Return a step of the same signature and the same numbers, made to run fast.
 
     Nothing is compiled before the first call; that call, and the first one for each new batch shape, takes seconds.
+    Four shapes get a program. Batches of any further one are run in eager, to the same numbers, and a warning lists the
+    shapes and says what helps: a run is not to be spent compiling, nor to be ended for it.
 
     Args:
         step: from :func:`trainfn.make_step`.
@@ -154,13 +157,28 @@ class CompiledStep:
     def _report(self, state: TrainState, held: _Held, batch: Batch) -> Report | None:
         form = held.form
         if self.mode == "eager":
-            if form.program is None:
-                form.program = make_program("eager", self.step, form.layout, held.packed, self.backend)
-            with surroundings(self.step.model, state, training=True):
-                return form.program(held.tensors, held.views, batch)
+            return self._eager_run(state, held, batch)
         key = _signature(batch)
+        if key not in form.draws and len(form.draws) >= _MOST_SHAPES:
+            is_news, found = form.eager is None, self._eager_run(state, held, batch)
+            if is_news:
+                shapes = "; ".join([*form.shapes, describe(batch)])
+                text = (
+                    f"Batches of {len(form.draws)} shapes have a compiled program; those of any other shape are now "
+                    f"run in eager, which is slower. Seen: {shapes}. Batches of few shapes help: drop_last=True for a "
+                    "short last one, padding to one length, or to a few (buckets)"
+                )
+                warnings.warn(text, CompileWarning, stacklevel=4)
+            return found
         report = self._known_run(state, held, batch, key) if key in form.draws else None
         return self._first_run(state, held, batch, key) if report is None else report
+
+    def _eager_run(self, state: TrainState, held: _Held, batch: Batch) -> Report:
+        form = held.form
+        if form.eager is None:
+            form.eager = make_program("eager", self.step, form.layout, held.packed, self.backend)
+        with surroundings(self.step.model, state, training=True):
+            return form.eager(held.tensors, held.views, batch)
 
     def _hold(self, state: TrainState) -> _Held:
         """Return the packs that a state is a view of; for a state from elsewhere, new ones."""
@@ -233,7 +251,9 @@ class CompiledStep:
         self.compile_seconds += seconds
         if self.compiles > 1:
             warnings.warn(f"Another program was compiled, in {seconds:.1f} s, {reason}", CompileWarning, stacklevel=5)
-        form.draws.setdefault(key, None)
+        if key not in form.draws:
+            form.draws[key] = None
+            form.shapes.append(describe(batch))
         return report
 
     def _refuse(self, error: Exception) -> None:
@@ -257,12 +277,16 @@ class _Form:
         layout: how they are packed.
         program: once there is one.
         draws: for each kind of batch that it was compiled for, whether it draws random numbers; None if not yet known.
+        shapes: those kinds of batch, for people.
+        eager: what runs in eager mode, and batches of more shapes than are compiled for.
     """
 
     owner: CompiledStep | None
     layout: Layout
     program: Program | None = None
     draws: dict[Hashable, bool | None] = attrs.field(factory=dict)
+    shapes: list[str] = attrs.field(factory=list)
+    eager: Program | None = None
 
 
 class _Held:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from trainfn.batch import Batch, micro_batches
+from trainfn.engine.cache import kept_programs
 from trainfn.engine.layout import Layout, Packed
 from trainfn.grad import Gradients, fold, make_gradients_of, make_loss, merge
 from trainfn.recompute import recomputing
@@ -56,10 +57,13 @@ def make_program(mode: ProgramMode, step: Step, layout: Layout, form: Packed, ba
 
 @contextmanager
 def compiling() -> Iterator[None]:
-    """Set what the compiler needs to differentiate inside a program; only calls that compile need it."""
+    """Set what the compiler needs to differentiate inside a program, and where programs are kept.
+
+    Only calls that compile need it.
+    """
     from torch._dynamo import config
 
-    with config.patch(trace_autograd_ops=True, recompile_limit=MOST_PROGRAMS):
+    with kept_programs(), config.patch(trace_autograd_ops=True, recompile_limit=MOST_PROGRAMS):
         yield
 
 
