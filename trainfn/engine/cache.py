@@ -3,8 +3,8 @@
 PyTorch keeps them below the system's temporary directory, which is emptied when a machine starts. Here it is the user's
 cache directory, ``~/.cache/trainfn`` or ``$XDG_CACHE_HOME/trainfn``; one for each version of PyTorch and each kind of
 processor, since a home may be shared by machines that do not run each other's code. PyTorch fills and reads it, and is
-made for several processes doing so at once. It may be deleted at any time. It holds code, as a cache of a compiler does:
-it is the user's own, and no run directory or checkpoint ever contains or names it.
+made for several processes doing so at once. It may be deleted at any time. It holds code, as a compiler's cache does:
+it is the user's own, and no run directory or checkpoint contains or names it.
 
 ``TORCHINDUCTOR_CACHE_DIR`` is respected; where the directory cannot be written to, it is PyTorch's after all.
 """
