@@ -67,7 +67,9 @@ def resident() -> int:
     gc.collect()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        tensors = [each for each in gc.get_objects() if isinstance(each, torch.Tensor)]
+        kinds = (torch.Tensor, torch.nn.Parameter)  # and not the compiler's fake ones
+        tensors = [each for each in gc.get_objects() if type(each) in kinds and each.device.type == "cpu"]
+        tensors = [each for each in tensors if not torch._is_functional_tensor(each)]
         storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}
     return sum(storages.values())
 
