@@ -106,10 +106,12 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--work", nargs="+", default=["C3", "GPT"])
+    parser.add_argument("--precision", nargs="+", default=["32-true", "bf16-mixed"])
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
-    for name in ("C3", "GPT"):
-        for precision in ("32-true", "bf16-mixed"):
+    for name in args.work:
+        for precision in args.precision:
             found = {}
             for who in (*PEERS, *OURS):
                 if name == "C3" and who.endswith("checkpoint"):
@@ -134,11 +136,11 @@ def main() -> None:
                 }
                 for who, total in totals.items()
             ]
-    record("memory", rows, layers=args.layers)
+    record("-".join(["memory", *args.work, *args.precision]), rows, layers=args.layers)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 5:
+    if len(sys.argv) == 5 and sys.argv[1] in (*PEERS, *OURS):
         one(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]))
     else:
         main()
