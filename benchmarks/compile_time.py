@@ -1,12 +1,13 @@
 """How long does the first step take, cold and with the compiler's caches warm (C7)?
 
-    python benchmarks/compile_time.py
+    python benchmarks/compile_time.py --work C1 C4 C4b
 
 Each number is a process of its own, with a cache directory of its own.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -35,8 +36,10 @@ def first_step(who: str, name: str) -> None:
 def main() -> None:
     from harness import record
 
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", nargs="+", default=["C1", "C4", "C4b"])
     rows = []
-    for name in ("C1", "C4", "C4b"):
+    for name in parser.parse_args().work:
         for who in WHO:
             with tempfile.TemporaryDirectory() as cache:
                 environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache}
@@ -51,4 +54,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    first_step(*sys.argv[1:]) if len(sys.argv) > 1 else main()
+    first_step(*sys.argv[1:]) if len(sys.argv) == 3 and sys.argv[1] in WHO else main()

@@ -7,11 +7,14 @@ tests start inherit the setting, because another number of threads can mean othe
 from __future__ import annotations
 
 import os
+import tempfile
 
 import torch
 from hypothesis import settings
 
 os.environ["OMP_NUM_THREADS"] = "1"
+# What the tests compile is kept from one run of them to the next, but not among the user's own programs.
+os.environ.setdefault("XDG_CACHE_HOME", os.path.join(tempfile.gettempdir(), "trainfn-tests"))
 torch.set_num_threads(1)
 
 settings.register_profile("trainfn", deadline=None, derandomize=True)

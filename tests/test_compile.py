@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -20,7 +21,8 @@ from torch import Tensor, nn
 
 import trainfn
 from tests.strategies import Batch, LmRecipe, MlpRecipe, Setup, torch_warns_of_itself
-from trainfn.engine.compile import CompiledStep, CompileWarning, Mode
+from trainfn.engine.choice import Mode
+from trainfn.engine.compile import CompiledStep, CompileWarning
 from trainfn.errors import CompileError, ConfigError, DataError, DonatedStateError, ModelError
 from trainfn.optim import adamw, sgd
 from trainfn.state import TrainState
@@ -46,7 +48,7 @@ def tools(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None
     """Pretend that a machine has exactly these tools."""
 
     def pretend(compilers: set[str], headers: bool = True, cxx: str | None = None) -> None:
-        monkeypatch.setattr(engine.shutil, "which", lambda name: f"/usr/bin/{name}" if name in compilers else None)
+        monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}" if name in compilers else None)
         monkeypatch.delenv("CXX", raising=False)
         if cxx is not None:
             monkeypatch.setenv("CXX", cxx)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 import trainfn
 from tests.strategies import LmRecipe, MlpRecipe, Setup, torch_warns_of_itself
 from trainfn.data import CopyStream, Loader, prefetched
-from trainfn.engine.compile import CompiledStep, Mode
+from trainfn.engine.choice import Mode
+from trainfn.engine.compile import CompiledStep
 from trainfn.engine.cudagraph import Capturing
 from trainfn.errors import CompileError
 from trainfn.loss import classification

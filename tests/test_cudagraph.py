@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 import trainfn
 from tests.strategies import LmRecipe, MlpRecipe, Setup, torch_warns_of_itself
-from trainfn.engine.compile import CompiledStep, Mode
+from trainfn.engine.choice import Mode
+from trainfn.engine.compile import CompiledStep
 from trainfn.engine.cudagraph import Capturing, flat_report, make_capturing, report_of
 from trainfn.errors import CompileError, ConfigError
 from trainfn.optim import adamw, sgd

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from torch import nn
 import trainfn
 from tests.strategies import of_bad_numbers
 from trainfn.errors import DivergenceError, DonatedStateError
+from trainfn.fit import carry_out
+from trainfn.header import header
 from trainfn.observers import Progress
 from trainfn.tree import digest
 
@@ -234,3 +237,33 @@ def test_it_runs_on_a_gpu():
     result = train(max_steps=30, device="cuda", compile="graph", drop_last=True, val_data=(X, Y))
     assert result.state.step.is_cuda
     assert result.history[-1]["loss"] < result.history[0]["loss"]
+
+
+@pytest.mark.parametrize("mode", ["graph", "split", "accum", "eager"])
+def test_every_mode_may_be_asked_for_and_says_what_it_cost(mode, monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setattr("sys.stderr", stream)
+    planned = trainfn.plan(
+        make_model(), (X, Y), loss="classification", batch_size=10, max_steps=5, device="cpu", compile=mode
+    )
+    planned.step.backend = "eager"
+    found = carry_out(planned)
+    lines = stream.getvalue().splitlines()
+    assert found.state.cursor == 5
+    assert next(line for line in lines if line.startswith("compile ")).split()[1] == f"{mode}:"
+    said = [line for line in lines if line.startswith(f"compiled  {mode}, at step 1; ")]
+    assert len(said) == (mode != "eager")
+
+
+def test_what_is_recomputed_is_said_and_the_mode_of_a_run_without_it_is_not_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["trainfn.engine.choice"], "_missing_tool", lambda device: None)
+    kept = {"loss": "classification", "batch_size": 10, "device": "cpu", "out_dir": tmp_path, "resume": "auto"}
+    first = trainfn.plan(make_model(), (X, Y), max_steps=2, compile="graph", progress=False, **kept)
+    first.step.backend = "eager"
+    carry_out(first)
+    again = trainfn.plan(make_model(), (X, Y), max_steps=10_000, **kept)
+    assert again.step.mode == "graph"
+    again = trainfn.plan(make_model(), (X, Y), max_steps=10_000, checkpoint=["0", "3"], **kept)
+    lines = header(again)
+    assert "memory    activations of 2 modules are recomputed: 0, 3" in lines
+    assert any(line.startswith("compile   split: ") for line in lines)

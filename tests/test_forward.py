@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from trainfn.errors import ModelError
 from trainfn.forward import make_arguments
@@ -92,3 +93,22 @@ def test_what_does_not_fit_is_refused_with_both_sides_shown(forward: Callable[..
         make_arguments(module(forward))(batch)
     assert "forward(" in str(caught.value.where)
     assert "a batch of " in str(caught.value.got)
+
+
+class Generating(nn.Module):
+    def forward(self, x: Tensor, use_cache: bool = True) -> Tensor:
+        return x if use_cache else -x
+
+
+@pytest.mark.parametrize(
+    ("batch", "sign"),
+    [
+        (torch.ones(2), -1),
+        ({"x": torch.ones(2)}, -1),
+        ({"x": torch.ones(2), "use_cache": True}, 1),
+        ((torch.ones(2), True, torch.ones(2)), 1),
+    ],
+)
+def test_no_cache_is_made_unless_the_batch_asks_for_one(batch: object, sign: int) -> None:
+    args, kwargs = make_arguments(Generating())(batch)
+    assert torch.equal(Generating()(*args, **kwargs), sign * torch.ones(2))

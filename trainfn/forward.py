@@ -3,7 +3,8 @@
 The rule, in order: fields of a dict go to the parameters of the same name; if one required parameter and one input
 field are left over, they belong together; targets are passed only to a parameter that requires them (so a model that
 can compute its own loss does not compute it twice), or to ``labels`` of a model that makes its ``decoder_input_ids`` of
-them. Tuples and tensors go in by position.
+them. Tuples and tensors go in by position. A cache of keys and values is for generating text: a forward that has a
+``use_cache`` is told not to make one, unless the batch says otherwise.
 """
 
 from __future__ import annotations
@@ -44,6 +45,11 @@ def make_arguments(model: nn.Module) -> Callable[[Batch], Arguments]:
     takes_any_name = not named and any(p.kind is p.VAR_KEYWORD for p in parameters)
 
     def arguments(batch: Batch) -> Arguments:
+        args, kwargs = chosen(batch)
+        takes_cache = "use_cache" in named and "use_cache" not in {*by_position[: len(args)], *kwargs}
+        return args, kwargs | {"use_cache": False} if takes_cache else kwargs
+
+    def chosen(batch: Batch) -> Arguments:
         if not isinstance(batch, dict):
             args, _ = inputs(batch)
             if not len(required) <= len(args) <= room or not set(required) <= set(by_position):

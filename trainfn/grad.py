@@ -11,6 +11,7 @@ uneven padding are one addition, and the single division by the total weight is 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +24,7 @@ from trainfn.forward import make_arguments
 from trainfn.loss import Loss, LossSum, as_loss_sum, low_precision_safe
 from trainfn.precision import LossScale, backward_unit, cast, lowered
 from trainfn.precision import resolve as resolve_precision
+from trainfn.recompute import explained, recomputing
 from trainfn.state import Buffers, Params, trainable
 from trainfn.tree import evolve, map_leaves, record, widened
 
@@ -59,11 +61,12 @@ Criterion = Callable[[Any, Batch], LossSum]
 LossFn = Callable[[Params, Buffers, Batch], LossSum]
 
 
-def make_forward(model: nn.Module, precision: str = "32-true") -> ForwardFn:
+def make_forward(model: nn.Module, precision: str = "32-true", checkpoint: Sequence[str] = ()) -> ForwardFn:
     """Return ``(params, buffers, batch) -> outputs``: the model applied as a function, in the precision's dtype.
 
     The model's own tensors are not read; tied weights are tied again. Buffers that the forward changes in place are
-    changed in the dict given.
+    changed in the dict given. The modules named in ``checkpoint`` are recomputed in the backward; under a compiler it
+    is the caller who says so, by :func:`trainfn.recompute.recomputing` around the program.
     """
     arguments = make_arguments(model)
     dtype = resolve_precision(precision).compute
@@ -73,7 +76,8 @@ def make_forward(model: nn.Module, precision: str = "32-true") -> ForwardFn:
         args, kwargs = cast(arguments(batch), dtype)
         whole = params | buffers
         tensors = {name: cast(tensor, dtype) if name in low else tensor for name, tensor in whole.items()}
-        outputs = functional_call(model, tensors, args, kwargs, tie_weights=True)
+        with recomputing(model, checkpoint) if checkpoint and not torch.compiler.is_compiling() else nullcontext():
+            outputs = functional_call(model, tensors, args, kwargs, tie_weights=True)
         for name, old in buffers.items():
             new = tensors[name]  # a forward may also put a new tensor in a buffer's place
             if new.dtype != old.dtype:  # lowered: what has not changed keeps all its digits
@@ -93,13 +97,15 @@ def make_criterion(loss: Loss, precision: str = "32-true") -> Criterion:
     return lambda outputs, batch: as_loss_sum(strategy(outputs, batch), batch)
 
 
-def make_loss(model: nn.Module, loss: Loss, precision: str = "32-true") -> LossFn:
+def make_loss(model: nn.Module, loss: Loss, precision: str = "32-true", checkpoint: Sequence[str] = ()) -> LossFn:
     """Return ``(params, buffers, batch) -> LossSum``: :func:`make_forward`, then :func:`make_criterion`."""
-    forward, criterion = make_forward(model, precision), make_criterion(loss, precision)
+    forward, criterion = make_forward(model, precision, checkpoint), make_criterion(loss, precision)
     return lambda params, buffers, batch: criterion(forward(params, buffers, batch), batch)
 
 
-def make_gradients(model: nn.Module, loss: Loss, precision: str = "32-true") -> GradientsFn:
+def make_gradients(
+    model: nn.Module, loss: Loss, precision: str = "32-true", checkpoint: Sequence[str] = ()
+) -> GradientsFn:
     """Return ``(params, buffers, batch) -> Gradients``, by ``torch.autograd``.
 
     A trained parameter that the loss does not depend on has a gradient of zeros. Nothing given is written to: the
@@ -108,7 +114,8 @@ def make_gradients(model: nn.Module, loss: Loss, precision: str = "32-true") -> 
     A loss scale is in the backward only: what is returned are the gradients themselves.
 
     Raises:
-        ModelError: (from the returned function) the loss does not depend on any trained parameter.
+        ModelError: (from the returned function) the loss does not depend on any trained parameter; or a module in
+            ``checkpoint`` cannot be run a second time.
 
     >>> from trainfn.loss import classification
     >>> gradients = make_gradients(nn.Linear(2, 2, bias=False), classification())
@@ -120,7 +127,15 @@ def make_gradients(model: nn.Module, loss: Loss, precision: str = "32-true") -> 
     >>> found.weight
     tensor(3.)
     """
-    return make_gradients_of(make_loss(model, loss, precision))
+    plain = make_gradients_of(make_loss(model, loss, precision, checkpoint))
+    if not checkpoint:
+        return plain
+
+    def gradients(params: Params, buffers: Buffers, batch: Batch, /, scale: LossScale | None = None) -> Gradients:
+        with explained(checkpoint):
+            return plain(params, buffers, batch, scale=scale)
+
+    return gradients
 
 
 def make_gradients_of(apply: LossFn) -> GradientsFn:

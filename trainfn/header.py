@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from trainfn.data import Loader
+from trainfn.errors import listed
 from trainfn.plan import Plan
 from trainfn.precision import resolve
 from trainfn.task import TrainConfig
@@ -33,11 +34,12 @@ def header(plan: Plan) -> list[str]:
         "optimizer": plan.optimizer.name,
         "precision": _describe_precision(plan.config.precision),
         "health": _describe_health(plan.config),
-        "compile": f"{mode}: {reason}" + ("; the first step waits for the compiler" if mode == "graph" else ""),
+        "compile": f"{mode}: {reason}" + ("; the first step waits for the compiler" if mode != "eager" else ""),
+        "memory": _describe_memory(plan),
         "output": _describe_output(plan.config, plan.stop),
         "start": _describe_start(plan),
     }
-    return [f"{name:<10}{text}" for name, text in lines.items()]
+    return [f"{name:<10}{text}" for name, text in lines.items() if text]
 
 
 def _describe_model(model: nn.Module) -> str:
@@ -85,6 +87,11 @@ def _describe_health(config: TrainConfig) -> str:
         f"steps with NaN or infinity are skipped, {config.halt_after} in a row halt the run; "
         f"spikes are {spikes[config.on_spike]}{norms}"
     )
+
+
+def _describe_memory(plan: Plan) -> str:
+    names = plan.step.step.checkpoint
+    return f"activations of {len(names)} modules are recomputed: {listed(names, 4)}" if names else ""
 
 
 def _describe_output(config: TrainConfig, stop: int) -> str:

@@ -101,6 +101,7 @@ class Progress:
         self._plan, self._stream = plan, stream or sys.stderr
         self._bar: Any = None
         self._shown, self._began, self._first = 0, time.perf_counter(), plan.state.cursor
+        self._compiles = 0
         if not plan.config.progress:
             return
         print(*header(plan), sep="\n", file=self._stream, flush=True)
@@ -108,7 +109,15 @@ class Progress:
             self._bar = tqdm(total=plan.stop, initial=plan.state.cursor, file=self._stream, dynamic_ncols=True)
 
     def step(self, state: TrainState) -> None:
-        """Move the bar."""
+        """Move the bar; say what a compilation has cost."""
+        step = self._plan.step
+        if step.compiles > self._compiles and self._plan.config.progress:
+            self._compiles = step.compiles
+            text = f"compiled  {step.mode}, at step {state.cursor}; {step.compile_seconds:.1f} s of compiling so far"
+            if self._bar is None:
+                print(text, file=self._stream, flush=True)
+            else:
+                self._bar.write(text, file=self._stream)
         if self._bar is not None:
             self._bar.update(1)
 

@@ -127,6 +127,7 @@ def plan(
         precision=config.precision,
         on_spike=config.on_spike,
         halt_after=config.halt_after,
+        checkpoint=config.checkpoint,
     )
     state = init(
         model, optimizer, seed=config.seed, ema=config.ema is not None, precision=config.precision, device=device
@@ -320,7 +321,8 @@ def _check_position(manifest: Manifest, record: dict[str, Any]) -> None:
 def _mode(config: TrainConfig, manifest: Manifest | None) -> Any:
     """A run keeps the mode it was begun in: another one would be right, but not bit for bit the same."""
     if config.compile == "auto" and manifest is not None:
-        return manifest.config.get("compile_mode", "auto")
+        mode = manifest.config.get("compile_mode", "auto")
+        return "auto" if config.checkpoint and mode in ("graph", "accum") else mode  # those do not recompute
     return config.compile
 
 

@@ -31,6 +31,7 @@ from trainfn.metric import Metric, MetricSum
 from trainfn.optim import Transform
 from trainfn.optim.clip import check_max_norm
 from trainfn.precision import resolve as resolve_precision
+from trainfn.recompute import matching
 from trainfn.state import Buffers, Params, TrainState, trainable
 from trainfn.tree import evolve
 from trainfn.update import Update
@@ -52,6 +53,7 @@ class Step:
         accumulate: number of micro-batches a batch is divided into.
         precision: name of the policy, see :mod:`trainfn.precision`.
         optimizer: the Transform that ``update`` applies.
+        checkpoint: names of the modules that are run again in the backward of ``gradients``.
     """
 
     model: nn.Module
@@ -63,6 +65,7 @@ class Step:
     accumulate: int
     precision: str
     optimizer: Transform
+    checkpoint: tuple[str, ...] = ()
 
     def __call__(self, state: TrainState, batch: Batch) -> TrainState:
         """Return the state after one step. Neither ``state`` nor ``batch`` nor the global RNG is written to."""
@@ -110,6 +113,7 @@ def make_step(
     precision: str = "32-true",
     on_spike: OnSpike = "off",
     halt_after: int | None = None,
+    checkpoint: str | Sequence[str] | None = None,
 ) -> Step:
     """Return the pure function ``step(state, batch) -> state`` that trains ``model``.
 
@@ -129,6 +133,10 @@ def make_step(
         on_spike: what to do about a loss or gradient norm far above its recent past, see :mod:`trainfn.health`:
             ``"off"``, ``"warn"`` (apply it and say so), ``"skip"``, or ``"halt"`` (skip it and every step after it).
         halt_after: this many steps in a row with non-finite numbers, and no step after them is applied; None for never.
+
+        checkpoint: one or more patterns for names of modules, such as ``"blocks.*"``, that are run again in the
+            backward and keep nothing but their inputs until then. Changes memory and time, not meaning; see
+            :mod:`trainfn.recompute`.
 
     Raises:
         ConfigError: a setting is out of range.
@@ -154,12 +162,13 @@ def make_step(
         )
     strategy = resolve(loss)
     _check_trained(strategy, model, optimizer)
+    recomputed = matching(model, checkpoint)
     return Step(
         model=model,
         strategy=strategy,
         forward=make_forward(model, precision),
         criterion=make_criterion(strategy, precision),
-        gradients=make_gradients(model, strategy, precision),
+        gradients=make_gradients(model, strategy, precision, recomputed),
         update=Update(
             optimizer=optimizer,
             clip_norm=clip_norm,
@@ -171,6 +180,7 @@ def make_step(
         accumulate=accumulate,
         precision=precision,
         optimizer=optimizer,
+        checkpoint=recomputed,
     )
 
 

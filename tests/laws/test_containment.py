@@ -26,7 +26,7 @@ from tests.strategies import (
     setups,
     torch_warns_of_itself,
 )
-from trainfn.engine.compile import Mode
+from trainfn.engine.choice import Mode
 from trainfn.health import Verdict, judge
 from trainfn.loss import LossSum
 from trainfn.optim import adamw, sgd, warmup_cosine

@@ -26,7 +26,7 @@ from tests.strategies import (
     setups,
     torch_warns_of_itself,
 )
-from trainfn.engine.compile import Mode
+from trainfn.engine.choice import Mode
 from trainfn.grad import make_gradients
 from trainfn.loss import resolve
 from trainfn.optim import adamw, sgd, warmup_cosine
@@ -109,9 +109,10 @@ def test_donation_in_eager_mode_is_bitwise(setup: Setup) -> None:
     assert digest(run(setup, "eager", donate=True)) == digest(run(setup, "eager"))
 
 
-def test_with_dropout_too_donation_is_bitwise() -> None:
+@pytest.mark.parametrize("mode", ["graph", "split", "accum"])
+def test_with_dropout_too_donation_is_bitwise(mode: Mode) -> None:
     setup = Setup(MlpRecipe(blocks=("batch_norm", "plain"), dropout=0.3), adamw(0.01), ema=0.9, accumulate=2)
-    kept, donated = (run(setup, "graph", donate=donate, backend="aot_eager") for donate in (False, True))
+    kept, donated = (run(setup, mode, donate=donate, backend="aot_eager") for donate in (False, True))
     assert digest(donated) == digest(kept)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -26,8 +27,10 @@ from tests.strategies import (
     setups,
     torch_warns_of_itself,
 )
-from trainfn.engine.compile import CompiledStep, CompileWarning, Mode
+from trainfn.engine.choice import Mode
+from trainfn.engine.compile import CompiledStep, CompileWarning
 from trainfn.errors import CompileError, DataError
+from trainfn.fit import carry_out
 from trainfn.health import Verdict
 from trainfn.optim import Transform, adamw, sgd, warmup_cosine
 
@@ -173,6 +176,60 @@ def test_a_state_in_float64_that_was_evolved_is_no_news() -> None:
     check_counts(step, counting, 1)
 
 
+@pytest.mark.parametrize("mode", ["graph", "split", "accum"])
+@pytest.mark.parametrize("donate", [False, True])
+def test_a_fifth_shape_and_more_are_run_in_eager_and_told_once(mode: Mode, donate: bool) -> None:
+    setup = Setup(LmRecipe(), adamw(0.01), ema=0.9)
+    model, counting = setup.net.model(), Counting()
+    step = trainfn.compile(setup.step(model), mode=mode, donate=donate, backend=counting)  # type: ignore[arg-type]
+    state, reference = setup.state(model), setup.state(model)
+    lengths = [6, 5, 4, 3, 2, 1, 6, 2, 1, 5]
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", CompileWarning)
+        for index, length in enumerate(lengths):
+            batch = cut(setup.batch(index), length)
+            state, reference = step(state, batch), setup.step(model)(reference, batch)
+    assert step.compiles == 4
+    torch.testing.assert_close(dict(state.params), dict(reference.params))
+    assert (state.cursor, int(state.step)) == (len(lengths), len(lengths))
+    *compiled_again, last = (str(warning.message) for warning in told)
+    assert len(compiled_again) == 3
+    assert all("Another program" in message for message in compiled_again)
+    assert all(f"[{length}, 9]" in last for length in (6, 5, 4, 3, 2))
+    assert "drop_last" in last
+    assert told[-1].filename == __file__
+
+
+def fitted(counting: Counting, length: int, steps: int, out_dir: Path) -> CompiledStep:
+    """A run with a schedule, evaluation and checkpoints, over ``length`` examples in batches of 8."""
+    model = MlpRecipe(blocks=("layer_norm",)).model()
+    x = torch.randn(length, 3, generator=torch.Generator().manual_seed(0))
+    data = {"x": x, "y": torch.arange(length) % 3}
+    planned = trainfn.plan(
+        model, data, val_data=data, loss="classification", batch_size=8, max_steps=steps, eval_every=steps // 5,
+        save_every=steps // 2, out_dir=out_dir, compile="graph", progress=False, device="cpu",
+    )  # fmt: skip
+    planned.step.backend = counting  # type: ignore[assignment]
+    carry_out(planned)
+    return planned.step
+
+
+@pytest.mark.parametrize("steps", [60, pytest.param(1_000, marks=pytest.mark.slow)])
+def test_a_run_with_a_schedule_evaluation_and_checkpoints_is_one_program(steps: int, tmp_path: Path) -> None:
+    counting = Counting()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_counts(fitted(counting, 40, steps, tmp_path), counting, 1)
+
+
+@pytest.mark.parametrize("steps", [60, pytest.param(1_000, marks=pytest.mark.slow)])
+def test_and_two_where_the_last_batch_is_short(steps: int, tmp_path: Path) -> None:
+    counting = Counting()
+    with pytest.warns(CompileWarning, match=r"Another program .*\[4, 3\].*drop_last") as told:
+        check_counts(fitted(counting, 44, steps, tmp_path), counting, 2)
+    assert len(told) == 1
+
+
 # --- control: the same counts, a step that is not one program ---------------------------------------------------------
 
 
@@ -203,7 +260,7 @@ def test_control_a_rate_held_as_a_python_number_is_another_program_and_is_told()
 @pytest.mark.parametrize("mode", ["auto", "graph"])
 def test_what_changes_at_every_step_is_given_up_on(mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = sys.modules["trainfn.engine.compile"]  # the room's front door has a function of this name
-    monkeypatch.setattr(engine, "_choose", lambda *_: ("graph", "for this test"))
+    monkeypatch.setattr(engine, "choose", lambda *_: ("graph", "for this test"))
     rate = [0.1]
     setup = Setup(MlpRecipe(blocks=()), drifting(rate))
     model, counting = setup.net.model(), Counting()

@@ -11,21 +11,17 @@ that the next call has nothing to look at but the batch. A state from elsewhere 
 from __future__ import annotations
 
 import functools
-import os
-import shutil
-import sysconfig
 import time
 import warnings
 from collections.abc import Hashable, Sequence
-from importlib.util import find_spec
-from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast, get_args
 
 import attrs
 import torch
 from torch import Tensor
 
 from trainfn.batch import Batch, micro_batches
+from trainfn.engine.choice import Mode, choose
 from trainfn.engine.cudagraph import Asked, Capturing, Cases, check_donated, make_capturing
 from trainfn.engine.layout import Layout, Packed
 from trainfn.engine.memory import keep_pages
@@ -37,12 +33,9 @@ from trainfn.state import Params, Report, TrainState
 from trainfn.step import Step, generators, surroundings
 from trainfn.tree import Tree, describe, evolve, named_leaves
 
-Mode = Literal["auto", "eager", "graph", "split", "accum"]
-
-_LEAST_STEPS = 5_000  # heuristic: cold, two cores compile for 15 to 70 s; a small model's step is 0.5 to 15 ms shorter
 _MOST_COPIED = 2**16  # elements: uncompiled, gradients of larger tensors cost more to join than a call of a kernel does
+_MOST_SHAPES = 4  # of a batch, that programs are compiled for, up to a minute each: more is no habit that ends
 _MOST_SURPRISES = 3  # programs compiled again for no new shape, before that is taken as a habit
-_MOST_UNROLLED = 4  # micro-batches are unrolled in the program, which grows, and so does compile time, with each
 
 
 class CompileWarning(UserWarning):
@@ -54,13 +47,15 @@ def compile(
     *,
     mode: Mode = "auto",
     donate: bool = False,
-    cuda_graph: Asked = "auto",
+    cuda_graph: Asked = False,
     steps: int | None = None,
     backend: str = "inductor",
 ) -> CompiledStep:
     """Return a step of the same signature and the same numbers, made to run fast.
 
     Nothing is compiled before the first call; that call, and the first one for each new batch shape, takes seconds.
+    Four shapes get a program. Batches of any further one are run in eager, to the same numbers, and a warning lists the
+    shapes and says what helps: a run is not to be spent compiling, nor to be ended for it.
 
     Args:
         step: from :func:`trainfn.make_step`.
@@ -68,12 +63,13 @@ def compile(
             accumulation and ``steps``. If the model cannot be compiled, ``auto`` says so and goes on in ``eager``.
         donate: write the new state into the old one's memory. The old state is consumed: any use of it raises.
         cuda_graph: replay the step as one CUDA graph (:mod:`trainfn.engine.cudagraph`): ``"auto"`` where a few steps
-            timed both ways show that it is faster, True always, False never. It needs donated states on a GPU.
+            timed both ways show that it is faster, True always, False never. It needs donated states on a GPU. Not the
+            default, because it has not been run on one yet.
         steps: how many steps will be run, if known; short runs do not earn their compilation.
         backend: a ``torch.compile`` backend.
 
     Raises:
-        ConfigError: an unknown mode.
+        ConfigError: an unknown mode; or one that cannot recompute, of a step with ``checkpoint=``.
         CompileError: (from the call, ``mode="graph"``) the step does not compile as one program; ``cuda_graph=True``,
             and the step cannot be captured.
 
@@ -97,6 +93,15 @@ def compile(
     if cuda_graph != "auto" and not isinstance(cuda_graph, bool):
         raise ConfigError("This is no answer.", got=f"cuda_graph={cuda_graph!r}", expected='"auto", True or False')
     check_donated(cuda_graph, donate)
+    if step.checkpoint and mode in ("graph", "accum"):
+        raise ConfigError(
+            "This mode does not recompute activations.",
+            where=", ".join(step.checkpoint),
+            expected='mode "split", "eager" or "auto"',
+            got=f"{mode!r}: where forward and backward are one program, the compiler sees the same work twice, does it "
+            "once, and keeps the result",
+            hint='pass compile="split" to fit, or mode="split" to trainfn.compile; or leave out checkpoint=',
+        )
     return CompiledStep(step, mode=mode, donate=donate, steps=steps, backend=backend, cuda_graph=cuda_graph)
 
 
@@ -114,7 +119,7 @@ class CompiledStep:
     """
 
     def __init__(
-        self, step: Step, *, mode: Mode, donate: bool, steps: int | None, backend: str, cuda_graph: Asked = "auto"
+        self, step: Step, *, mode: Mode, donate: bool, steps: int | None, backend: str, cuda_graph: Asked = False
     ) -> None:
         self.step, self.donate, self.backend, self.cuda_graph = step, donate, backend, cuda_graph
         self.mode: Mode = mode
@@ -148,7 +153,7 @@ class CompiledStep:
         if not self._settled:
             device = state.step.device
             if self.mode == "auto":
-                self.mode, self._why = _choose(device, self.step.accumulate, self._steps)
+                self.mode, self._why = choose(device, self.step, self._steps)
             made = make_capturing(self.cuda_graph, device, donate=self.donate, mode=self.mode)
             (self._capturing, self._why_called), self._settled = made, True
         return self.mode, self.reason
@@ -173,15 +178,30 @@ class CompiledStep:
     def _report(self, state: TrainState, held: _Held, batch: Batch) -> Report | None:
         form = held.form
         if self.mode == "eager":
-            if form.program is None:
-                form.program = make_program("eager", self.step, form.layout, held.packed, self.backend)
-            with surroundings(self.step.model, state, training=True):
-                if self._capturing is not None:
-                    return self._captured(self._capturing, held, batch, _signature(batch))
-                return form.program(held.tensors, held.views, batch)
+            return self._eager_run(state, held, batch)
         key = _signature(batch)
+        if key not in form.draws and len(form.draws) >= _MOST_SHAPES:
+            is_news, found = form.eager is None, self._eager_run(state, held, batch)
+            if is_news:
+                shapes = "; ".join([*form.shapes, describe(batch)])
+                text = (
+                    f"Batches of {len(form.draws)} shapes have a compiled program; those of any other shape are now "
+                    f"run in eager, which is slower. Seen: {shapes}. Batches of few shapes help: drop_last=True for a "
+                    "short last one, padding to one length, or to a few (buckets)"
+                )
+                warnings.warn(text, CompileWarning, stacklevel=4)
+            return found
         report = self._known_run(state, held, batch, key) if key in form.draws else None
         return self._first_run(state, held, batch, key) if report is None else report
+
+    def _eager_run(self, state: TrainState, held: _Held, batch: Batch) -> Report:
+        form = held.form
+        if form.eager is None:
+            form.eager = make_program("eager", self.step, form.layout, held.packed, self.backend)
+        with surroundings(self.step.model, state, training=True):
+            if self.mode == "eager" and self._capturing is not None:
+                return self._captured(self._capturing, form.eager, held, batch, _signature(batch))
+            return form.eager(held.tensors, held.views, batch)
 
     def _hold(self, state: TrainState) -> _Held:
         """Return the packs that a state is a view of; for a state from elsewhere, new ones."""
@@ -205,7 +225,7 @@ class CompiledStep:
             if draws is not None:
                 with surroundings(self.step.model, state, training=True, draws=draws):
                     if self._capturing is not None:
-                        return self._captured(self._capturing, held, batch, key)
+                        return self._captured(self._capturing, form.program, held, batch, key)
                     return form.program(held.tensors, held.views, batch)
             # Whether it draws at all is looked at once: to seed the generators costs 20 us.
             with surroundings(self.step.model, state, training=True):
@@ -220,9 +240,8 @@ class CompiledStep:
                 raise
         return None
 
-    def _captured(self, capturing: Capturing, held: _Held, batch: Batch, key: Hashable) -> Report:
-        program = held.form.program
-        assert program is not None
+    @staticmethod
+    def _captured(capturing: Capturing, program: Program, held: _Held, batch: Batch, key: Hashable) -> Report:
         return capturing.run(
             held.cases, key, held.packed, batch, lambda given: program(held.tensors, held.views, given)
         )
@@ -264,7 +283,9 @@ class CompiledStep:
         self.compile_seconds += seconds
         if self.compiles > 1:
             warnings.warn(f"Another program was compiled, in {seconds:.1f} s, {reason}", CompileWarning, stacklevel=5)
-        form.draws.setdefault(key, None)
+        if key not in form.draws:
+            form.draws[key] = None
+            form.shapes.append(describe(batch))
         return report
 
     def _refuse(self, error: Exception) -> None:
@@ -288,12 +309,16 @@ class _Form:
         layout: how they are packed.
         program: once there is one.
         draws: for each kind of batch that it was compiled for, whether it draws random numbers; None if not yet known.
+        shapes: those kinds of batch, for people.
+        eager: what runs in eager mode, and batches of more shapes than are compiled for.
     """
 
     owner: CompiledStep | None
     layout: Layout
     program: Program | None = None
     draws: dict[Hashable, bool | None] = attrs.field(factory=dict)
+    shapes: list[str] = attrs.field(factory=list)
+    eager: Program | None = None
 
 
 class _Held:
@@ -335,26 +360,3 @@ def _signature(tree: Tree) -> Hashable:
         (name, leaf.shape, leaf.dtype, leaf.device, leaf.requires_grad) if isinstance(leaf, Tensor) else (name, leaf)
         for name, leaf in named_leaves(tree)
     )
-
-
-def _choose(device: torch.device, accumulate: int, steps: int | None) -> tuple[Mode, str]:
-    if steps is not None and steps < _LEAST_STEPS:
-        return "eager", f"{steps} steps would not earn back the compilation (fewer than {_LEAST_STEPS})"
-    missing = _missing_tool(device)
-    if missing:
-        return "eager", f"torch.compile needs {missing}, which was not found"
-    if accumulate > _MOST_UNROLLED:
-        return "accum", f"{accumulate} micro-batches would make too long a program"
-    return "graph", "one program for the whole step"
-
-
-def _missing_tool(device: torch.device) -> str | None:
-    if device.type == "cuda":
-        return None if find_spec("triton") else "triton"
-    if device.type != "cpu":
-        return f"a backend for {device.type}"
-    if not any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++", "cl") if name):
-        return "a C++ compiler"
-    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
-        return "Python's C headers"
-    return None

@@ -25,8 +25,10 @@ import torch
 from torch import Tensor
 
 from trainfn.batch import Batch, micro_batches
+from trainfn.engine.cache import kept_programs
 from trainfn.engine.layout import Layout, Packed
-from trainfn.grad import Gradients, fold, make_gradients_of, merge
+from trainfn.grad import Gradients, fold, make_gradients_of, make_loss, merge
+from trainfn.recompute import recomputing
 from trainfn.state import Buffers, Params, Report, TrainState
 from trainfn.step import Step
 from trainfn.tree import evolve, leaf_norms, map_leaves, named_leaves, select, widened
@@ -55,10 +57,13 @@ def make_program(mode: ProgramMode, step: Step, layout: Layout, form: Packed, ba
 
 @contextmanager
 def compiling() -> Iterator[None]:
-    """Set what the compiler needs to differentiate inside a program; only calls that compile need it."""
+    """Set what the compiler needs to differentiate inside a program, and where programs are kept.
+
+    Only calls that compile need it.
+    """
     from torch._dynamo import config
 
-    with config.patch(trace_autograd_ops=True, recompile_limit=MOST_PROGRAMS):
+    with kept_programs(), config.patch(trace_autograd_ops=True, recompile_limit=MOST_PROGRAMS):
         yield
 
 
@@ -171,9 +176,10 @@ def _accum(step: Step, form: _Tensors, backend: Any) -> Program:
 
 def _split(step: Step, form: _Tensors, backend: Any) -> Program:
     layout, update = form.layout, form.update(step)
+    loss = make_loss(step.model, step.strategy, step.precision, step.checkpoint)
 
     def forward(params: Params, buffers: Buffers, batch: Batch) -> Any:
-        return step.loss(params, buffers, batch)
+        return loss(params, buffers, batch)
 
     def finish(tensors: list[Tensor], found: Gradients) -> Report:
         return form.apply(update, tensors, layout.joined(found), leaf_norms(found.grads))
@@ -183,7 +189,8 @@ def _split(step: Step, form: _Tensors, backend: Any) -> Program:
 
     def program(tensors: list[Tensor], views: TrainState, batch: Batch) -> Report:
         parts = micro_batches(batch, step.accumulate)
-        found = fold(gradients, views.params, views.buffers, parts, scale=views.scale)
+        with recomputing(step.model, step.checkpoint):
+            found = fold(gradients, views.params, views.buffers, parts, scale=views.scale)
         report: Report = finishing(tensors, found)
         return report
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, cast
 
 import attrs
@@ -37,6 +37,8 @@ _OTHER_NAMES = {  # what Lightning, Hugging Face and Keras call our settings: an
     "callbacks": "observers",
     "compute_metrics": "metrics",
     "mixed_precision": "precision",
+    "gradient_checkpointing": "checkpoint",
+    "activation_checkpointing": "checkpoint",
     "bf16": 'precision="bf16-mixed"',
     "fp16": 'precision="16-mixed"',
 }
@@ -70,6 +72,11 @@ def _is_bool(value: Any) -> bool:
     return isinstance(value, bool)
 
 
+def _is_patterns(value: Any) -> bool:
+    several = isinstance(value, (list, tuple)) and bool(value) and all(isinstance(each, str) for each in value)
+    return isinstance(value, str) or several
+
+
 def _is_path(value: Any) -> bool:
     return isinstance(value, (str, os.PathLike)) and bool(os.fspath(value))
 
@@ -98,9 +105,11 @@ class TrainConfig:
         drop_last: leave out the short step at the end of an epoch.
         workers: processes that fetch batches.
         device: ``"auto"`` (a GPU if there is one) or a torch device.
-        compile: ``"auto"``, ``"graph"`` or ``"eager"``; see :func:`trainfn.compile`.
-        cuda_graph: replay each step as one CUDA graph: ``"auto"`` where that is faster, True always, or it is an error;
-            see :func:`trainfn.compile`.
+        compile: ``"auto"``, ``"eager"``, ``"graph"``, ``"split"`` or ``"accum"``; see :func:`trainfn.compile`.
+        cuda_graph: replay each step as one CUDA graph: ``"auto"`` where timed steps show that it is faster, True always
+            (or it is an error); see :func:`trainfn.compile`.
+        checkpoint: one or more patterns for names of modules, such as ``"blocks.*"``, whose activations are recomputed
+            in the backward: less memory, more time, the same numbers; see :mod:`trainfn.recompute`.
         halt_after: stop the run after this many steps in a row with non-finite numbers.
         on_spike: what to do about a loss or gradient norm far above its recent past: ``"warn"``, ``"skip"`` the step,
             ``"halt"`` the run, or ``"off"``; see :mod:`trainfn.health`.
@@ -133,8 +142,11 @@ class TrainConfig:
     drop_last: bool = _setting(False, "a bool", _is_bool)
     workers: int = _setting(0, "an int >= 0", _at_least(0))
     device: str = _setting("auto", '"auto" or the name of a device', lambda v: isinstance(v, str))
-    compile: Literal["auto", "eager", "graph"] = _one_of("auto", "eager", "graph")
-    cuda_graph: Literal["auto"] | bool = _setting("auto", '"auto" or a bool', lambda v: v == "auto" or _is_bool(v))
+    compile: Literal["auto", "eager", "graph", "split", "accum"] = _one_of("auto", "eager", "graph", "split", "accum")
+    cuda_graph: Literal["auto"] | bool = _setting(False, '"auto" or a bool', lambda v: v == "auto" or _is_bool(v))
+    checkpoint: str | Sequence[str] | None = _setting(
+        None, "a pattern for names of modules, or several", _is_patterns, optional=True
+    )
     halt_after: int = _setting(3, "an int >= 1", _at_least(1))
     on_spike: Literal["off", "warn", "skip", "halt"] = _one_of("warn", "off", "skip", "halt")
     health_every: int | None = _setting(100, "an int >= 1", _at_least(1), optional=True)

@@ -1,0 +1,82 @@
+"""Where compiled programs are kept, so that a run that is resumed need not wait for the compiler again.
+
+PyTorch keeps them below the system's temporary directory, which is emptied when a machine starts. Here it is the user's
+cache directory, ``~/.cache/trainfn`` or ``$XDG_CACHE_HOME/trainfn``; one for each version of PyTorch and each kind of
+processor, since a home may be shared by machines that do not run each other's code. PyTorch fills and reads it, and is
+made for several processes doing so at once. It may be deleted at any time. It holds code, as a compiler's cache does:
+it is the user's own, and no run directory or checkpoint contains or names it.
+
+``TORCHINDUCTOR_CACHE_DIR`` is respected; where the directory cannot be written to, it is PyTorch's after all.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import platform
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+
+
+@contextmanager
+def kept_programs() -> Iterator[None]:
+    """Let what is compiled inside be looked for and kept in the user's cache directory.
+
+    >>> before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    >>> with kept_programs():
+    ...     pass
+    >>> os.environ.get("TORCHINDUCTOR_CACHE_DIR") == before
+    True
+    """
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    before = os.environ.get(_VARIABLE)
+    # PyTorch puts its own choice into the variable, too, as soon as its compiler is imported.
+    is_chosen = before is not None and before != os.path.abspath(default_cache_dir())
+    directory = None if is_chosen else user_directory()
+    if directory is None:
+        yield
+        return
+    os.environ[_VARIABLE] = directory
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(_VARIABLE, None)
+        else:
+            os.environ[_VARIABLE] = before
+
+
+def user_directory() -> str | None:
+    """Return the directory, made if it is not there; None if it cannot be made or written to, or is not the user's."""
+    try:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        if not base.is_absolute():
+            return None
+        directory = base / "trainfn" / f"torch-{torch.__version__}-{_processor()}"
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+        is_own = not hasattr(os, "getuid") or directory.stat().st_uid == os.getuid()
+    except (OSError, RuntimeError):  # RuntimeError: no home can be found
+        return None
+    return str(directory) if is_own else None
+
+
+@functools.cache
+def _processor() -> str:
+    """Return a short hash of what code for this processor depends on."""
+    told = [platform.machine(), platform.processor()]
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        told += sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
+    except OSError:
+        pass
+    return hashlib.sha256("\n".join(told).encode()).hexdigest()[:12]
