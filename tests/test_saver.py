@@ -310,13 +310,13 @@ def test_of_twenty_processes_exactly_one_wins(tmp_path: Path) -> None:
 
 
 def test_the_owner_is_named_and_readers_do_not_wait(tmp_path: Path) -> None:
-    step = save(make_state(3), tmp_path)
+    step, like = save(make_state(3), tmp_path), make_state()
     with started(HOLD, tmp_path) as owner:
         assert owner.stdout.readline() == "won\n"
         with pytest.raises(RunLockedError, match=rf"by process {owner.pid} on .*, since 20"), writing(tmp_path):
             pass
         draws, before = torch.get_rng_state(), [(path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")]
-        assert load(tmp_path, make_state()).cursor == verify(step).cursor == 3
+        assert load(tmp_path, like).cursor == verify(step).cursor == 3
         assert torch.equal(torch.get_rng_state(), draws)
         assert [(path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")] == before
     with writing(tmp_path):

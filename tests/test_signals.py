@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import trainfn
-from trainfn.signals import Interrupted, Terminated, listening
+from trainfn.signals import listening
 from trainfn.store import steps, verify
 from trainfn.tree import digest
 
@@ -52,7 +52,6 @@ def _handlers_are_as_they_were() -> Any:
 def test_ctrl_c_ends_a_run_between_steps_with_everything_saved(tmp_path: Path, background: bool) -> None:
     with pytest.raises(KeyboardInterrupt, match="SIGINT after step 7") as raised:
         train(max_steps=20, out_dir=tmp_path, save_async=background, observers=[send(signal.SIGINT, 7)])
-    assert isinstance(raised.value, Interrupted)
     assert raised.value.result.checkpoint == tmp_path / "step_00000007"
     assert raised.value.result.state.cursor == 7
     assert digest(train(max_steps=20, out_dir=tmp_path).state) == digest(train(max_steps=20, resume=None).state)
@@ -61,12 +60,11 @@ def test_ctrl_c_ends_a_run_between_steps_with_everything_saved(tmp_path: Path, b
 def test_sigterm_is_an_exit_of_143_and_works_without_a_directory() -> None:
     with pytest.raises(SystemExit) as raised:
         train(max_steps=20, resume=None, observers=[send(signal.SIGTERM, 3)])
-    assert isinstance(raised.value, Terminated)
     assert (raised.value.code, raised.value.result.state.cursor) == (143, 3)
 
 
 def test_a_signal_at_the_last_step_still_ends_the_program(tmp_path: Path) -> None:
-    with pytest.raises(Terminated):
+    with pytest.raises(SystemExit):
         train(max_steps=5, out_dir=tmp_path, observers=[send(signal.SIGTERM, 5)])
     assert train(max_steps=5, out_dir=tmp_path).checkpoint == tmp_path / "step_00000005"
 
@@ -74,7 +72,7 @@ def test_a_signal_at_the_last_step_still_ends_the_program(tmp_path: Path) -> Non
 def test_a_second_ctrl_c_does_not_wait(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt) as raised:
         train(max_steps=20, out_dir=tmp_path, observers=[send(signal.SIGINT, 4, times=2)])
-    assert not isinstance(raised.value, Interrupted)
+    assert not hasattr(raised.value, "result")
     assert steps(tmp_path) == []
 
 
@@ -89,10 +87,10 @@ def test_usr1_is_for_the_caller_to_answer(tmp_path: Path) -> None:
     result = train(max_steps=9, out_dir=tmp_path, on_signal=goes_on, observers=[send(signal.SIGUSR1, 4)])
     assert heard == [(signal.SIGUSR1, "step_00000004")]
     assert result.state.cursor == 9
-    with pytest.raises(Terminated) as raised:
+    with pytest.raises(SystemExit) as raised:
         train(max_steps=12, out_dir=tmp_path, on_signal=lambda *_: None, observers=[send(signal.SIGUSR1, 10)])
     assert raised.value.code == 128 + signal.SIGUSR1
-    with pytest.raises(Terminated):  # True is of no use there
+    with pytest.raises(SystemExit):  # True is of no use there
         train(max_steps=12, out_dir=tmp_path, on_signal=goes_on, observers=[send(signal.SIGTERM, 11)])
 
 
@@ -105,7 +103,7 @@ def test_handlers_come_back_after_an_error_too() -> None:
         with pytest.raises(ZeroDivisionError):
             train(max_steps=3, resume=None, observers=[lambda state: 1 // 0])
         assert signal.getsignal(signal.SIGTERM) is own
-        with pytest.raises(Terminated):
+        with pytest.raises(SystemExit):
             train(max_steps=3, resume=None, observers=[send(signal.SIGTERM, 2)])
         assert signal.getsignal(signal.SIGTERM) is own
     finally:
@@ -117,7 +115,7 @@ def test_what_is_ignored_stays_ignored() -> None:
     try:
         with listening() as listener:
             signal.raise_signal(signal.SIGINT)
-            assert listener.take() is None
+            assert listener.heard is None
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -155,7 +153,7 @@ def train(stop, out_dir, workers, tell=()):
     model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.1), nn.Linear(8, 3))
     return trainfn.fit(model, Items(), loss="classification", optimizer=trainfn.optim.adamw(lr=0.01), batch_size=4,
                        max_steps=stop, workers=workers, device="cpu", progress=False, out_dir=out_dir, observers=tell,
-                       resume="auto" if out_dir else None, save_every=50, log_every=50)
+                       resume="auto" if out_dir else None, save_every=50, log_every=50, compile="eager")
 if __name__ == "__main__":
     result = train(int(sys.argv[2]), sys.argv[1], int(sys.argv[3]), [tell])
     print(digest(result.state))
@@ -163,19 +161,19 @@ if __name__ == "__main__":
 
 
 def signalled(run: Path, number: signal.Signals, workers: int, group: bool) -> int:
-    """Start a run of 10**6 steps in a process group of its own, and signal it once it is under way; return its status."""
+    """Start a run of 10**6 steps in a process group of its own, signal it once it is under way; return its status."""
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, run, "1000000", str(workers)],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
     try:
         assert process.stdout.readline() == "go\n"
         (os.killpg if group else os.kill)(process.pid, number)
-        process.communicate(timeout=60)
+        print(process.communicate(timeout=60)[1])  # for pytest to show
     finally:
         process.kill()
         process.communicate()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,63 +12,21 @@ from pathlib import Path
 from typing import Any, cast
 
 import attrs
-import torch
 from torch import nn
 
 from trainfn.batch import Batch
-from trainfn.errors import ConfigError
 from trainfn.evaluation import check_noise, evaluate_plan, noise_columns
 from trainfn.halt import divergence, make_finite_check, make_halt_check
 from trainfn.loss import Loss
 from trainfn.metric import Metric
-from trainfn.observers import Observer, Progress, Recorder, Row
+from trainfn.observers import Observer, Progress, Recorder
 from trainfn.optim import Transform
 from trainfn.plan import Plan, decide, plan
-from trainfn.signals import OnSignal, leave, listening
+from trainfn.result import FitResult, best_row, checkpoint_at
+from trainfn.signals import OnSignal, leave, listening, until_told
 from trainfn.state import TrainState
-from trainfn.store import Retention, Saver, save, steps
+from trainfn.store import Saver, save
 from trainfn.task import TrainConfig
-
-
-@attrs.frozen(kw_only=True, eq=False)
-class FitResult:
-    """What a run leaves behind.
-
-    Attributes:
-        state: the last state.
-        history: rows by step; see :data:`trainfn.observers.Row`.
-        best: the row with the best of what is monitored (the lowest ``val_loss``, or ``loss`` without evaluation data),
-            or None if there is no such row.
-        checkpoint: the directory of the last checkpoint, or None without ``out_dir``.
-        best_checkpoint: the directory of the checkpoint that was saved at ``best``, or None if there is none.
-        seconds: wall time of this call.
-    """
-
-    state: TrainState
-    history: list[Row]
-    best: Row | None
-    checkpoint: Path | None
-    best_checkpoint: Path | None
-    seconds: float
-    _model: nn.Module = attrs.field(alias="_model", repr=False)
-
-    def model(self, *, ema: bool | None = None) -> nn.Module:
-        """Write the trained weights and buffers into the module that was given to ``fit``; return it, set to evaluate.
-
-        Args:
-            ema: take the moving average of the parameters; if None, whenever the run kept one.
-
-        Raises:
-            ConfigError: the run kept no average.
-        """
-        if ema and self.state.ema is None:
-            raise ConfigError("The run kept no moving average.", got="model(ema=True)", hint="train with ema=0.999")
-        averaged = self.state.ema or {}
-        values = self.state.params | (averaged if ema is None or ema else {}) | self.state.buffers
-        with torch.no_grad():
-            for name, tensor in [*self._model.named_parameters(), *self._model.named_buffers()]:
-                tensor.copy_(values[name])
-        return self._model.eval()
 
 
 def fit(
@@ -91,9 +48,9 @@ def fit(
     with a non-finite loss or gradient changes nothing, and ``halt_after`` of them in a row end the run. With
     ``out_dir`` there are a history, flushed as it goes, and checkpoints to resume from, bit for bit.
 
-    SIGTERM and SIGINT (Ctrl-C) end the run between two steps, after saving: by :class:`trainfn.signals.Terminated`, a
-    SystemExit of 143, and :class:`trainfn.signals.Interrupted`, a KeyboardInterrupt. Both carry the ``result`` so far.
-    A second signal does not wait. Off the main thread, signals are not listened to.
+    SIGTERM and SIGINT (Ctrl-C) end the run between two steps, after saving: by a SystemExit of 143 and a
+    KeyboardInterrupt, which both have the ``result`` so far as an attribute. A second signal does not wait. Off the
+    main thread, signals are not listened to.
 
     Args:
         model: any module. Its own tensors are not changed; ``result.model()`` writes the trained ones into it.
@@ -159,29 +116,30 @@ def carry_out(planned: Plan, observers: Sequence[Observer] = (), on_signal: OnSi
         return save(state, config.out_dir, **known()) if config.out_dir is not None else None
 
     def result() -> FitResult:
-        best = _best(recorder.rows, planned.retention)
+        best = best_row(recorder.rows, planned.retention)
         return FitResult(
             state=state,
             history=recorder.rows,
             best=best,
             checkpoint=saver.drain(),
-            best_checkpoint=_checkpoint_at(config.out_dir, best),
+            best_checkpoint=checkpoint_at(config.out_dir, best),
             seconds=time.perf_counter() - began,
             _model=planned.model,
         )
 
-    with (
-        listening(usr1=on_signal is not None) as listener,
-        saver,
-        contextlib.closing(cast(Any, run(planned))) as states,
-    ):
-        for state in states:
+    def answer(told: signal.Signals) -> bool:
+        return on_signal is not None and bool(on_signal(told, saver.drain())) and told == signal.SIGUSR1
+
+    left, unsaved = None, False
+    taken = contextlib.closing(cast(Any, run(planned)))
+    with listening(usr1=on_signal is not None) as listener, saver, taken as states:
+        for state in until_told(states, listener):
             recorder.step(state)
             progress.step(state)
             for observer in observers:
                 observer(state)
             saver.check()
-            told = listener.take()
+            told = listener.heard
             late = config.save_every_minutes and time.perf_counter() - saved >= 60 * config.save_every_minutes
             due = _due(planned, state.cursor, now=told is not None or bool(late))
             if must_halt(state, due.row):
@@ -199,15 +157,26 @@ def carry_out(planned: Plan, observers: Sequence[Observer] = (), on_signal: OnSi
                 row = recorder.row(state, metrics)
                 progress.row(row)
                 wanted |= due.evaluation and planned.retention.among_best(recorder.rows[:-1], row)
+            unsaved = not wanted and config.out_dir is not None
             if wanted and config.out_dir is not None:
                 saver.save(state, **known())
                 saved = time.perf_counter()
             if told is not None:
-                goes_on = on_signal is not None and on_signal(told, saver.drain()) and told == signal.SIGUSR1
-                if not goes_on:
-                    said = f"stopped by {told.name} after step {state.cursor}, checkpoint {saver.drain()}"
-                    progress.end(said)
-                    leave(told, said, result())
+                if not answer(told):
+                    left = told
+                    break
+                listener.heard = None
+    if left is None and listener.heard is not None:  # in the last step, or there was no other batch
+        if unsaved:
+            check_finite(state, saver.newest)
+            recorder.row(state, {})
+            saver.save(state, **known())
+        left = listener.heard
+        answer(left)
+    if left is not None:
+        said = f"stopped by {left.name} after step {state.cursor}, checkpoint {saver.drain()}"
+        progress.end(said)
+        leave(left, said, result())
     done = result()
     progress.end(_ending(planned, state, done.seconds, last["val_loss"], done.checkpoint))
     return done
@@ -255,17 +224,6 @@ def _due(planned: Plan, cursor: int, *, now: bool) -> _Due:
     # A checkpoint closes a row, so that a run that resumes from it writes the rows it would have written anyway.
     row = evaluation or checkpoint or noise or end or every(config.log_every) or every(config.health_every)
     return _Due(evaluation, checkpoint, noise, row)
-
-
-def _best(rows: list[Row], retention: Retention) -> Row | None:
-    scored = [row for row in rows if math.isfinite(retention.score(row))]
-    return min(scored, key=retention.score, default=None)
-
-
-def _checkpoint_at(out_dir: str | os.PathLike[str] | None, row: Row | None) -> Path | None:
-    if out_dir is None or row is None:
-        return None
-    return next((path for path in steps(out_dir) if int(path.name.removeprefix("step_")) == row["step"]), None)
 
 
 def _ending(planned: Plan, state: TrainState, seconds: float, val_loss: float, checkpoint: Path | None) -> str:

@@ -13,33 +13,16 @@ import contextlib
 import os
 import signal
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
+
+T = TypeVar("T")
 
 OnSignal = Callable[[signal.Signals, Path | None], object]
 """What the caller does about a signal: takes the signal and the checkpoint; True is for "go on", after SIGUSR1."""
-
-
-class Interrupted(KeyboardInterrupt):
-    """A run was ended by SIGINT, between two steps, with everything saved.
-
-    Attributes:
-        result: the :class:`trainfn.FitResult` so far.
-    """
-
-    result: Any = None
-
-
-class Terminated(SystemExit):
-    """A run was ended by SIGTERM (or SIGUSR1), between two steps, with everything saved. The exit status is 143 (138).
-
-    Attributes:
-        result: the :class:`trainfn.FitResult` so far.
-    """
-
-    result: Any = None
 
 
 class Listener:
@@ -51,11 +34,6 @@ class Listener:
 
     def __init__(self) -> None:
         self.heard: signal.Signals | None = None
-
-    def take(self) -> signal.Signals | None:
-        """Return what has been heard, once."""
-        heard, self.heard = self.heard, None
-        return heard
 
 
 @contextlib.contextmanager
@@ -101,12 +79,32 @@ def listening(*, usr1: bool = False) -> Iterator[Listener]:
                 signal.signal(number, handler)
 
 
-def leave(number: signal.Signals, said: str, result: object) -> NoReturn:
-    """Raise what ends a run that was told to end: a KeyboardInterrupt for SIGINT, else a SystemExit of 128 + number.
+def until_told(states: Iterator[T], listener: Listener) -> Iterator[T]:
+    """Yield the states; end early where the next batch does not come and a signal has been heard.
 
-    An interpreter that a KeyboardInterrupt ends tells its parent so, which a shell shows as 130.
+    A cluster signals the data workers as well. When they end before the step that was under way, to wait for the next
+    batch fails, while the last state is whole. An error of the step itself is raised: it may have spoilt the state.
     """
-    error: Interrupted | Terminated
-    error = Interrupted(said) if number == signal.SIGINT else Terminated(128 + number)
+    try:
+        yield from states
+    except Exception as error:
+        frames = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
+        if listener.heard is None or not any(name.startswith("trainfn.data") for name in frames):
+            raise
+
+
+def leave(number: signal.Signals, said: str, result: object) -> NoReturn:
+    """Raise what ends a run that was told to end: KeyboardInterrupt for SIGINT, else a SystemExit of 128 + number.
+
+    Both have the run's ``result`` so far as an attribute. They are not of classes of our own, because an interpreter
+    that ends by a plain KeyboardInterrupt tells its parent that a signal ended it, which a shell shows as 130.
+
+    >>> try:
+    ...     leave(signal.SIGTERM, "stopped", result=3)
+    ... except SystemExit as error:
+    ...     error.code, error.result
+    (143, 3)
+    """
+    error: Any = KeyboardInterrupt(said) if number == signal.SIGINT else SystemExit(128 + number)
     error.result = result
     raise error
