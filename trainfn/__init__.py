@@ -42,12 +42,13 @@ from trainfn.replay import replay
 from trainfn.result import FitResult
 from trainfn.state import Health, Report, TrainState, init
 from trainfn.step import Step, make_step
-from trainfn.store import Manifest, load, save
+from trainfn.store import Difference, Manifest, average, diff, inspect, load, load_params, save, verify
 from trainfn.task import TrainConfig
 
 __all__ = [
     "CompiledStep",
     "Diagnosis",
+    "Difference",
     "FitResult",
     "Gradients",
     "Health",
@@ -60,15 +61,19 @@ __all__ = [
     "TrainState",
     "Transform",
     "Verdict",
+    "average",
     "compile",
     "data",
     "diagnose",
+    "diff",
     "errors",
     "evaluate",
     "fit",
     "fold",
     "init",
+    "inspect",
     "load",
+    "load_params",
     "loss",
     "make_step",
     "merge",
@@ -80,4 +85,5 @@ __all__ = [
     "run",
     "save",
     "tree",
+    "verify",
 ]

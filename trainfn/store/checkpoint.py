@@ -73,7 +73,7 @@ def save(
     ('step_00000000', True)
     """
     run = Path(path)
-    if _is_step(run):
+    if is_step(run):
         raise CheckpointError("A checkpoint cannot be saved inside another.", where=run, hint=f"save to {run.parent}")
     notes = loads(canonical({"config": dict(config or {}), "metrics": dict(metrics or {})}))
     manifest, files = seal(
@@ -191,7 +191,7 @@ def steps(path: RunPath) -> list[Path]:
 
 def choose(path: Path) -> tuple[Path, Manifest, bytes]:
     """Return the step that :func:`restore` takes, its manifest, and the bytes of its tensors, verified."""
-    if _is_step(path):
+    if is_step(path):
         return path, *_read(path)
     bad: list[str] = []
     for step in reversed(steps(path)):
@@ -233,7 +233,8 @@ def _holds_same(step: Path, manifest: Manifest) -> bool:
     return True
 
 
-def _is_step(path: Path) -> bool:
+def is_step(path: Path) -> bool:
+    """Return whether a path has the name of a step directory, whatever is there."""
     return _STEP_NAME.fullmatch(path.absolute().name) is not None
 
 
