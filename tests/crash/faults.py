@@ -79,12 +79,15 @@ class Disk:
             made = flags & os.O_CREAT
             return call("create", Path(path), act) if made else act()
 
+        def write(descriptor: int, data: Any) -> int:
+            if descriptor not in paths:  # a pipe
+                return int(real.write(descriptor, data))
+            return int(call("write", paths[descriptor], lambda: real.write(descriptor, data[: self.chunk])))
+
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(os, "open", open_)
             patch.setattr(os, "mkdir", lambda p, *a, **k: call("mkdir", Path(p), lambda: real.mkdir(p, *a, **k)))
-            patch.setattr(
-                os, "write", lambda fd, data: call("write", paths[fd], lambda: real.write(fd, data[: self.chunk]))
-            )
+            patch.setattr(os, "write", write)
             patch.setattr(os, "fsync", lambda fd: call("fsync", paths[fd], lambda: real.fsync(fd)))
             patch.setattr(os, "rename", lambda a, b: call("rename", Path(b), lambda: real.rename(a, b)))
             if self.deletes:

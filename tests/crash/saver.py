@@ -20,6 +20,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -52,7 +53,10 @@ def killed(work: Callable[[Callable[[int], object]], object], after: float | Non
     inlet, outlet = os.pipe()
     child = os.fork()
     if not child:
-        work(lambda number: os.write(outlet, number.to_bytes(8, "little")))
+        try:
+            work(lambda number: os.write(outlet, number.to_bytes(8, "little")))
+        except BaseException:
+            traceback.print_exc()
         os._exit(0)
     os.close(outlet)
     if after is not None:
