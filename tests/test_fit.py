@@ -107,7 +107,7 @@ def test_a_complete_run_says_so_and_a_longer_one_goes_on(tmp_path, capsys):
 
 
 def test_checkpoints_are_where_asked_and_load(tmp_path):
-    result = train(max_steps=25, save_every=10, out_dir=tmp_path)
+    result = train(max_steps=25, save_every=10, keep_last=None, out_dir=tmp_path)
     assert sorted(path.name for path in tmp_path.glob("step_*")) == [f"step_000000{n}" for n in (10, 20, 25)]
     optimizer = trainfn.optim.adamw()
     like = trainfn.init(make_model(), optimizer)

@@ -10,6 +10,7 @@ from torch import nn
 
 import trainfn
 from trainfn.errors import ConfigError, DataError, ModelError, TrainfnError
+from trainfn.store import CheckpointWarning
 
 X, Y = torch.randn(8, 4), torch.randint(0, 3, (8,))
 
@@ -165,6 +166,48 @@ def test_resume_with_other_data_or_settings(tmp_path):
     trainfn.fit(nn.Linear(4, 3), (X, Y), max_steps=3, **options)
     changed = {"seed": 1, "batch_size": 4, "resume": "auto", "max_steps": 5, "out_dir": tmp_path}
     refused(TrainfnError, "data:", "seed: 0 then, 1 now", "batch_size: 32 then, 4 now", data=(X + 1, Y), **changed)
+
+
+def test_resume_with_another_optimizer_or_other_ties_is_one_report(tmp_path):
+    class Tied(nn.Module):
+        def __init__(self, tie):
+            super().__init__()
+            self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+            if tie:
+                self.two.bias = self.one.bias
+
+        def forward(self, x):
+            return self.two(self.one(x))
+
+    options = {"loss": "classification", "device": "cpu", "progress": False, "out_dir": tmp_path}
+    trainfn.fit(Tied(True), (X, Y), max_steps=3, optimizer=trainfn.optim.adam(lr=0.1), **options)
+    refused(
+        TrainfnError, "optimizer: adam then, adamw now", "tied to one.bias: two.bias then, nothing now",
+        "params.two.bias: not in the checkpoint", "seed: 0 then, 1 now",
+        model=Tied(False), optimizer=trainfn.optim.adamw(lr=0.1), resume="auto", max_steps=5, out_dir=tmp_path, seed=1,
+    )  # fmt: skip
+
+
+def test_resume_on_another_machine_is_warned_of(tmp_path, monkeypatch):
+    options = {"loss": "classification", "device": "cpu", "progress": False, "out_dir": tmp_path}
+    trainfn.fit(nn.Linear(4, 3), (X, Y), max_steps=3, **options)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 7)
+    with pytest.warns(CheckpointWarning, match="not bit for bit.*threads 1 then, 7 now"):
+        trainfn.fit(nn.Linear(4, 3), (X, Y), max_steps=4, resume="auto", **options)
+    monkeypatch.setattr("torch.__version__", "9.9")
+    with pytest.warns(CheckpointWarning, match="torch .* then, 9.9 now"):
+        trainfn.fit(nn.Linear(4, 3), (X, Y), max_steps=5, resume="auto", **options)
+
+
+def test_settings_that_change_the_bits_are_told_from_those_that_do_not(tmp_path, capsys):
+    options = {"loss": "classification", "device": "cpu", "out_dir": tmp_path, "optimizer": trainfn.optim.sgd(lr=0.1)}
+    trainfn.fit(nn.Linear(4, 3), (X, Y), max_steps=3, **options)
+    trainfn.fit(nn.Linear(4, 3), (X, Y), max_steps=4, log_every=2, resume="auto", **options)
+    said = capsys.readouterr().err
+    assert "log_every 10 -> 2" in said
+    assert "not bit for bit" not in said
+    trainfn.fit(nn.Linear(4, 3), (X, Y), max_steps=5, clip_norm=0.5, resume="auto", **options)
+    assert "not bit for bit the run that went on (clip_norm)" in capsys.readouterr().err
 
 
 def test_resume_with_another_model(tmp_path):

@@ -21,9 +21,10 @@
 | ``data`` | ``order``, ``Loader``, data sets |
 | ``store`` | checkpoints, capsules and history |
 | ``task`` | ``TrainConfig`` |
+| ``directory``, ``signals`` | what is continued and kept in the run directory; being told to stop |
 | ``plan``, ``header`` | what is decided before the first step, and how it is said |
 | ``evaluation``, ``observers``, ``halt`` | what measures a run, watches it, and ends it |
-| ``fit`` | ``fit``, ``run`` |
+| ``fit``, ``result`` | ``fit``, ``run``; ``FitResult`` |
 | ``replay`` | ``replay``: a halted step, taken again |
 """
 
@@ -31,21 +32,23 @@ from trainfn import data, errors, loss, metric, optim, per_sample, tree
 from trainfn.diagnose import Diagnosis, diagnose
 from trainfn.engine import CompiledStep, compile
 from trainfn.evaluation import evaluate
-from trainfn.fit import FitResult, fit, run
+from trainfn.fit import fit, run
 from trainfn.grad import Gradients, fold, merge
 from trainfn.health import Verdict
 from trainfn.loss import LossSum
 from trainfn.optim import Transform
 from trainfn.plan import Plan, plan
 from trainfn.replay import replay
+from trainfn.result import FitResult
 from trainfn.state import Health, Report, TrainState, init
 from trainfn.step import Step, make_step
-from trainfn.store import Manifest, load, save
+from trainfn.store import Difference, Manifest, average, diff, inspect, load, load_params, save, verify
 from trainfn.task import TrainConfig
 
 __all__ = [
     "CompiledStep",
     "Diagnosis",
+    "Difference",
     "FitResult",
     "Gradients",
     "Health",
@@ -58,15 +61,19 @@ __all__ = [
     "TrainState",
     "Transform",
     "Verdict",
+    "average",
     "compile",
     "data",
     "diagnose",
+    "diff",
     "errors",
     "evaluate",
     "fit",
     "fold",
     "init",
+    "inspect",
     "load",
+    "load_params",
     "loss",
     "make_step",
     "merge",
@@ -78,4 +85,5 @@ __all__ = [
     "run",
     "save",
     "tree",
+    "verify",
 ]

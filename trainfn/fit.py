@@ -2,69 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import attrs
-import torch
 from torch import nn
 
 from trainfn.batch import Batch
 from trainfn.data import CopyStream, prefetched
 from trainfn.engine import collecting_at_rows
-from trainfn.errors import ConfigError
 from trainfn.evaluation import check_noise, evaluate_plan, noise_columns
 from trainfn.halt import divergence, make_finite_check, make_halt_check
 from trainfn.loss import Loss
 from trainfn.metric import Metric
-from trainfn.observers import Observer, Progress, Recorder, Row
+from trainfn.observers import Observer, Progress, Recorder
 from trainfn.optim import Transform
-from trainfn.plan import Plan, plan
+from trainfn.plan import Plan, decide, plan
+from trainfn.result import FitResult, best_row, checkpoint_at
+from trainfn.signals import OnSignal, leave, listening, until_told
 from trainfn.state import TrainState
-from trainfn.store import save
+from trainfn.store import Saver, save
 from trainfn.task import TrainConfig
-
-
-@attrs.frozen(kw_only=True, eq=False)
-class FitResult:
-    """What a run leaves behind.
-
-    Attributes:
-        state: the last state.
-        history: rows by step; see :data:`trainfn.observers.Row`.
-        best: the row with the lowest ``val_loss`` (``loss`` without evaluation data), or None if there is no such row.
-        checkpoint: the directory of the last checkpoint, or None without ``out_dir``.
-        seconds: wall time of this call.
-    """
-
-    state: TrainState
-    history: list[Row]
-    best: Row | None
-    checkpoint: Path | None
-    seconds: float
-    _model: nn.Module = attrs.field(alias="_model", repr=False)
-
-    def model(self, *, ema: bool | None = None) -> nn.Module:
-        """Write the trained weights and buffers into the module that was given to ``fit``; return it, set to evaluate.
-
-        Args:
-            ema: take the moving average of the parameters; if None, whenever the run kept one.
-
-        Raises:
-            ConfigError: the run kept no average.
-        """
-        if ema and self.state.ema is None:
-            raise ConfigError("The run kept no moving average.", got="model(ema=True)", hint="train with ema=0.999")
-        averaged = self.state.ema or {}
-        values = self.state.params | (averaged if ema is None or ema else {}) | self.state.buffers
-        with torch.no_grad():
-            for name, tensor in [*self._model.named_parameters(), *self._model.named_buffers()]:
-                tensor.copy_(values[name])
-        return self._model.eval()
 
 
 def fit(
@@ -77,6 +41,7 @@ def fit(
     optimizer: Transform | None = None,
     collate: Callable[[list[Any]], Batch] | None = None,
     observers: Sequence[Observer] = (),
+    on_signal: OnSignal | None = None,
     **settings: Any,
 ) -> FitResult:
     """Train a model.
@@ -84,6 +49,10 @@ def fit(
     Everything is decided and checked first and said in the run header. Then the step is folded over the data; a step
     with a non-finite loss or gradient changes nothing, and ``halt_after`` of them in a row end the run. With
     ``out_dir`` there are a history, flushed as it goes, and checkpoints to resume from, bit for bit.
+
+    SIGTERM and SIGINT (Ctrl-C) end the run between two steps, after saving: by a SystemExit of 143 and a
+    KeyboardInterrupt, which both have the ``result`` so far as an attribute. A second signal does not wait. Off the
+    main thread, signals are not listened to.
 
     Args:
         model: any module. Its own tensors are not changed; ``result.model()`` writes the trained ones into it.
@@ -95,6 +64,8 @@ def fit(
         optimizer: a Transform; if None, AdamW that spares norms and biases its decay, with warm-up and a cosine to 0.
         collate: makes a batch of a list of a data set's items.
         observers: functions called with the state after every step.
+        on_signal: called with the signal and the checkpoint (None without ``out_dir``) once that is safe, before the
+            run ends. With it, SIGUSR1 is listened to as well; if it then returns True, the run goes on.
         **settings: the fields of :class:`trainfn.TrainConfig`; ``max_steps`` or ``max_epochs`` is needed.
 
     Returns:
@@ -105,7 +76,10 @@ def fit(
         DivergenceError: too many steps in a row gave non-finite numbers. The last good state is saved first, and the
             error tells, by a replay, which example, module or parameter they came from. Or the state itself is no
             longer finite, because of an update or a forward; it is not saved.
+        RunLockedError: somebody else is writing into ``out_dir``.
+        CheckpointWriteError: a checkpoint could not be written, with ``on_save_error="stop"``.
 
+    >>> import torch
     >>> _ = torch.manual_seed(0)
     >>> x = torch.randn(64, 2)
     >>> result = fit(nn.Linear(2, 2), (x, (x[:, 0] > 0).long()), loss="classification", lr=0.1, batch_size=16,
@@ -113,61 +87,103 @@ def fit(
     >>> result.history[-1]["loss"] < 0.2
     True
     """
-    planned = plan(
-        model, data, loss=loss, val_data=val_data, metrics=metrics, optimizer=optimizer, collate=collate, **settings
-    )
-    return carry_out(planned, observers)
+    given = (loss, val_data, metrics, optimizer, collate)
+    with contextlib.ExitStack() as held:
+        planned = decide(held, model, data, *given, settings=settings)
+        return carry_out(planned, observers, on_signal)
 
 
-def carry_out(planned: Plan, observers: Sequence[Observer] = ()) -> FitResult:
+def carry_out(planned: Plan, observers: Sequence[Observer] = (), on_signal: OnSignal | None = None) -> FitResult:
     """Run a plan to its end, recording, showing, evaluating and saving on the way; what ``fit`` does after ``plan``."""
-    began = time.perf_counter()
+    began = saved = time.perf_counter()
     state, config = planned.state, planned.config
     check_noise(planned)
     recorder, progress = Recorder(planned), Progress(planned)
-    must_halt, checkpoint = make_halt_check(planned), planned.resumed_from
-    check_finite = make_finite_check(planned)
+    must_halt, check_finite = make_halt_check(planned), make_finite_check(planned)
+    saver = Saver(
+        config.out_dir or "",
+        planned.retention,
+        background=config.save_async,
+        on_error=config.on_save_error,
+        last=planned.resumed_from,
+    )
     last = {"val_loss": math.nan}
 
-    def keep(state: TrainState) -> Path | None:
-        if config.out_dir is None:
-            return None
+    def known() -> dict[str, Any]:
         metrics = {name: value for name, value in recorder.rows[-1].items() if isinstance(value, (int, float))}
-        record = planned.record | {"config": planned.record["config"] | {"compile_mode": planned.step.mode}}
-        return save(state, config.out_dir, metrics=metrics, **record)
+        mode = {"config": planned.record["config"] | {"compile_mode": planned.step.mode}}
+        return planned.record | mode | {"metrics": metrics}
 
-    with collecting_at_rows() as collect:
-        for state in run(planned):
+    def keep(state: TrainState) -> Path | None:
+        saver.drain()
+        return save(state, config.out_dir, **known()) if config.out_dir is not None else None
+
+    def result() -> FitResult:
+        best = best_row(recorder.rows, planned.retention)
+        return FitResult(
+            state=state,
+            history=recorder.rows,
+            best=best,
+            checkpoint=saver.drain(),
+            best_checkpoint=checkpoint_at(config.out_dir, best),
+            seconds=time.perf_counter() - began,
+            _model=planned.model,
+        )
+
+    def answer(told: signal.Signals) -> bool:
+        return on_signal is not None and bool(on_signal(told, saver.drain())) and told == signal.SIGUSR1
+
+    left, unsaved = None, False
+    taken = contextlib.closing(cast(Any, run(planned)))
+    with listening(usr1=on_signal is not None) as listener, saver, taken as states, collecting_at_rows() as collect:
+        for state in until_told(states, listener):
             recorder.step(state)
             progress.step(state)
             for observer in observers:
                 observer(state)
-            due = _due(planned, state.cursor)
+            saver.check()
+            told = listener.heard
+            late = config.save_every_minutes and time.perf_counter() - saved >= 60 * config.save_every_minutes
+            due = _due(planned, state.cursor, now=told is not None or bool(late))
             if must_halt(state, due.row):
                 refused = recorder.last_refused(state)
                 recorder.row(state, {})
                 raise divergence(planned, state, *refused, keep)
             if due.evaluation or due.checkpoint:
-                check_finite(state, checkpoint)
+                check_finite(state, saver.newest)
+            wanted = due.checkpoint
             if due.row:
                 metrics = evaluate_plan(planned, state) if due.evaluation else {}
                 if due.noise:
                     metrics |= noise_columns(planned, state, recorder.rows)
                 last |= metrics
-                progress.row(recorder.row(state, metrics))
+                row = recorder.row(state, metrics)
+                progress.row(row)
                 collect()
-            if due.checkpoint:
-                checkpoint = keep(state)
-    seconds = time.perf_counter() - began
-    progress.end(_ending(planned, state, seconds, last["val_loss"], checkpoint))
-    return FitResult(
-        state=state,
-        history=recorder.rows,
-        best=_best(recorder.rows),
-        checkpoint=checkpoint,
-        seconds=seconds,
-        _model=planned.model,
-    )
+                wanted |= due.evaluation and planned.retention.among_best(recorder.rows[:-1], row)
+            unsaved = not wanted and config.out_dir is not None
+            if wanted and config.out_dir is not None:
+                saver.save(state, **known())
+                saved = time.perf_counter()
+            if told is not None:
+                if not answer(told):
+                    left = told
+                    break
+                listener.heard = None
+    if left is None and listener.heard is not None:  # in the last step, or there was no other batch
+        if unsaved:
+            check_finite(state, saver.newest)
+            recorder.row(state, {})
+            saver.save(state, **known())
+        left = listener.heard
+        answer(left)
+    if left is not None:
+        said = f"stopped by {left.name} after step {state.cursor}, checkpoint {saver.drain()}"
+        progress.end(said)
+        leave(left, said, result())
+    done = result()
+    progress.end(_ending(planned, state, done.seconds, last["val_loss"], done.checkpoint))
+    return done
 
 
 def run(planned: Plan) -> Iterator[TrainState]:
@@ -175,6 +191,7 @@ def run(planned: Plan) -> Iterator[TrainState]:
 
     A state may be used until the next one is asked for: the step that makes it writes into the memory of the last.
 
+    >>> import torch
     >>> x, y = torch.ones(8, 2), torch.zeros(8, dtype=torch.long)
     >>> made = plan(nn.Linear(2, 2), (x, y), loss="classification", max_steps=3, device="cpu")
     >>> [int(state.step) for state in run(made)]
@@ -200,7 +217,7 @@ class _Due:
     row: bool
 
 
-def _due(planned: Plan, cursor: int) -> _Due:
+def _due(planned: Plan, cursor: int, *, now: bool) -> _Due:
     config, end = planned.config, cursor >= planned.stop
 
     def every(steps: int | None) -> bool:
@@ -209,17 +226,11 @@ def _due(planned: Plan, cursor: int) -> _Due:
     evaluation = planned.val_loader is not None and (
         end or every(config.eval_every or planned.loader.batches_per_epoch)
     )
-    checkpoint = config.out_dir is not None and (end or every(config.save_every))
+    checkpoint = config.out_dir is not None and (end or now or every(config.save_every))
     noise = every(config.noise_scale_every)
     # A checkpoint closes a row, so that a run that resumes from it writes the rows it would have written anyway.
     row = evaluation or checkpoint or noise or end or every(config.log_every) or every(config.health_every)
     return _Due(evaluation, checkpoint, noise, row)
-
-
-def _best(rows: list[Row]) -> Row | None:
-    name = "val_loss" if any("val_loss" in row for row in rows) else "loss"
-    finite = [row for row in rows if math.isfinite(row.get(name, math.nan))]
-    return min(finite, key=lambda row: float(row[name]), default=None)
 
 
 def _ending(planned: Plan, state: TrainState, seconds: float, val_loss: float, checkpoint: Path | None) -> str:

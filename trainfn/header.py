@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from trainfn.data import Loader
+from trainfn.directory import HARMLESS, changes
 from trainfn.errors import listed
 from trainfn.plan import Plan
 from trainfn.precision import resolve
+from trainfn.store import Retention
 from trainfn.task import TrainConfig
 
 
@@ -36,7 +38,7 @@ def header(plan: Plan) -> list[str]:
         "health": _describe_health(plan.config),
         "compile": f"{mode}: {reason}" + ("; the first step waits for the compiler" if mode != "eager" else ""),
         "memory": _describe_memory(plan),
-        "output": _describe_output(plan.config, plan.stop),
+        "output": _describe_output(plan.config, plan.stop, plan.retention),
         "start": _describe_start(plan),
     }
     return [f"{name:<10}{text}" for name, text in lines.items() if text]
@@ -94,11 +96,17 @@ def _describe_memory(plan: Plan) -> str:
     return f"activations of {len(names)} modules are recomputed: {listed(names, 4)}" if names else ""
 
 
-def _describe_output(config: TrainConfig, stop: int) -> str:
+def _describe_output(config: TrainConfig, stop: int, retention: Retention) -> str:
     if config.out_dir is None:
         return "nothing is saved" + (" (fast_dev_run)" if config.fast_dev_run else ": pass out_dir= to keep the run")
     every = f"every {config.save_every} steps and " if config.save_every and config.save_every < stop else ""
-    return f"{os.fspath(config.out_dir)}: history.jsonl, checkpoints {every}at the end"
+    kept = "all of them are kept"
+    if retention.last is not None:
+        kept = f"the last {retention.last}" + (
+            f" and the best {retention.best} by {retention.monitor}" if retention.best else ""
+        )
+        kept += " are kept"
+    return f"{os.fspath(config.out_dir)}: history.jsonl, checkpoints {every}at the end; {kept}"
 
 
 def _describe_start(plan: Plan) -> str:
@@ -107,11 +115,10 @@ def _describe_start(plan: Plan) -> str:
         return f"step 0 of {stop}"
     if state.cursor >= stop:
         return f"this run is complete: step {state.cursor} of {stop}; a larger max_steps or max_epochs continues it"
-    new = {**record["config"], "optimizer": record["optimizer"]}
-    old = {**plan.previous.config, "optimizer": plan.previous.optimizer}
-    ignored = {"resume", "out_dir", "progress", "stop", "compile", "compile_mode", "cuda_graph"}
-    changed = [f"{name} {old.get(name)} -> {new[name]}" for name in new if old.get(name) != new[name]]
-    changed = [text for text in changed if text.split(" ")[0] not in ignored]
+    changed = changes(plan.previous, record)
+    said = "; ".join(f"{name} {change}" for name, change in changed.items())
+    inexact = [name for name in changed if name not in HARMLESS]
+    bits = f"; not bit for bit the run that went on ({', '.join(inexact)})" if inexact else ""
     return f"step {state.cursor} of {stop}, resumed from {plan.resumed_from}" + (
-        f"; changed: {'; '.join(changed)}" if changed else ""
+        f"; changed: {said}{bits}" if said else ""
     )

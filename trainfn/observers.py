@@ -17,13 +17,11 @@ from trainfn.errors import listed
 from trainfn.header import header
 from trainfn.health import AILMENTS, ALARMING, REFUSED, HealthWarning, Verdict, ailing
 from trainfn.plan import Plan
+from trainfn.result import Row
 from trainfn.state import Report, TrainState, trainable
 from trainfn.store import History, cut, rows
 
 _COLUMNS = ("loss", "weight", "grad_norm", "lr")
-
-Row = dict[str, Any]
-"""One row of the history: ``step``, ``epoch``, ``loss``, ``grad_norm``, ``lr``, ... and ``val_loss`` when evaluated."""
 
 Observer = Callable[[TrainState], object]
 """A function that is called with the state after every step. It may keep it only until the next one."""

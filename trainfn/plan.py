@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
+import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,20 +13,20 @@ from torch import Tensor, nn
 
 from trainfn.batch import Batch, micro_batches
 from trainfn.data import Loader
+from trainfn.directory import check_writable, machine, make_retention, resume
 from trainfn.engine import CompiledStep, compile
-from trainfn.errors import CheckpointError, ConfigError, DataError, ModelError, TrainfnError
+from trainfn.errors import ConfigError, DataError, ModelError, TrainfnError
 from trainfn.loss import Loss, LossSum
 from trainfn.metric import Metric, resolve
 from trainfn.optim import Transform, adamw, matrices_only, warmup_cosine
 from trainfn.precision import check_buffers, check_precision
 from trainfn.state import TrainState, init
 from trainfn.step import Step, make_step, surroundings
-from trainfn.store import Manifest, restore, steps
+from trainfn.store import Manifest, Retention, clean, writing
 from trainfn.task.config import TrainConfig, make_config
-from trainfn.tree import batch_length, describe, evolve, map_leaves
+from trainfn.tree import batch_length, describe, map_leaves
 
-_ARGUMENTS = ("loss", "val_data", "metrics", "optimizer", "collate", "observers")
-_POSITION_SETTINGS = ("seed", "batch_size", "accumulate", "shuffle", "drop_last")
+_ARGUMENTS = ("loss", "val_data", "metrics", "optimizer", "collate", "observers", "on_signal")
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -49,6 +48,7 @@ class Plan:
         resumed_from: the checkpoint's directory, or None for a fresh start.
         previous: that checkpoint's manifest, or None.
         record: what every checkpoint of this run says about it.
+        retention: which checkpoints are kept, and what the best one is.
     """
 
     config: TrainConfig
@@ -65,6 +65,7 @@ class Plan:
     resumed_from: Path | None
     previous: Manifest | None
     record: dict[str, Any]
+    retention: Retention
 
     def to_device(self, batch: Batch) -> Batch:
         """Return the batch with its tensors on the run's device."""
@@ -97,6 +98,24 @@ def plan(
     >>> made.stop, made.state.cursor
     (6, 0)
     """
+    given = (loss, val_data, metrics, optimizer, collate)
+    return decide(contextlib.ExitStack(), model, data, *given, locks=False, settings=settings)
+
+
+def decide(
+    held: contextlib.ExitStack,
+    model: nn.Module,
+    data: object,
+    loss: str | Loss,
+    val_data: object,
+    metrics: Sequence[str | Metric],
+    optimizer: Transform | None,
+    collate: Callable[[list[Any]], Batch] | None,
+    *,
+    locks: bool = True,
+    settings: dict[str, Any],
+) -> Plan:
+    """Return the plan; what the run holds from then on (its directory's lock, if ``locks``) is put into ``held``."""
     config = make_config(settings, also=_ARGUMENTS)
     asked = config
     if config.fast_dev_run:
@@ -112,6 +131,7 @@ def plan(
             "There is nothing to evaluate on.", got=f"eval_every={config.eval_every}", hint="pass val_data="
         )
     measured = _metrics(metrics, loss, val_data)
+    retention = make_retention(config, [metric.name for metric in measured], evaluated=val_data is not None)
     device = _device(config.device)
     loader, val_loader = _loaders(config, data, val_data, collate, device)
     stop = _stop(config, loader)
@@ -135,15 +155,19 @@ def plan(
     check_precision(model, config.precision)
     first = _first_loss(step, state, to_device(loader.batch(0), device))
     record: dict[str, Any] = {
-        "config": config.to_json() | {"loss": loss if isinstance(loss, str) else _name(loss), "stop": stop},
+        "config": config.to_json()
+        | {"loss": loss if isinstance(loss, str) else _name(loss), "stop": stop}
+        | machine(device),
         "optimizer": optimizer.name,
         "data": loader.fingerprint(),
         "tied": _tied(model),
     }
-    _check_writable(config.out_dir)
-    state, resumed_from, manifest = _resume(config, state, record)
-    mode = _mode(config, manifest)
-    compiled = compile(step, mode=mode, donate=True, cuda_graph=config.cuda_graph, steps=stop)
+    check_writable(config.out_dir)
+    if config.out_dir is not None and locks:
+        held.enter_context(writing(config.out_dir))
+        clean(config.out_dir)
+    state, resumed_from, manifest = resume(config, state, record)
+    compiled = compile(step, mode=_mode(config, manifest), donate=True, cuda_graph=config.cuda_graph, steps=stop)
     if config.cuda_graph is True:
         compiled.settle(state)  # raises where there can be none
     return Plan(
@@ -161,6 +185,7 @@ def plan(
         resumed_from=resumed_from,
         previous=manifest,
         record=record,
+        retention=retention,
     )
 
 
@@ -253,69 +278,6 @@ def _first_loss(step: Step, state: TrainState, batch: Batch) -> LossSum:
         ) from error
     check_buffers(step.model, state.buffers, buffers, step.precision)
     return found
-
-
-def _check_writable(out_dir: str | os.PathLike[str] | None) -> None:
-    if out_dir is None:
-        return
-    try:
-        Path(out_dir).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out_dir):
-            pass
-    except OSError as error:
-        raise ConfigError(
-            "The run directory cannot be written to.",
-            where=os.fspath(out_dir),
-            got=error.strerror or str(error),
-            hint="pass another out_dir",
-        ) from error
-
-
-def _resume(
-    config: TrainConfig, state: TrainState, record: dict[str, Any]
-) -> tuple[TrainState, Path | None, Manifest | None]:
-    found = steps(config.out_dir) if config.out_dir is not None else []
-    if config.resume is None:
-        if found:
-            raise ConfigError(
-                "The run directory already holds a run.",
-                where=os.fspath(config.out_dir or ""),
-                got=f"{len(found)} checkpoints, the last one {found[-1].name}",
-                hint='pass resume="auto" to continue it, or another out_dir to start afresh',
-            )
-        return state, None, None
-    if config.resume == "auto" and not found:
-        return state, None, None
-    source = config.out_dir if config.resume == "auto" else config.resume
-    state, manifest = restore(source or "", like=state)
-    if bool(state.health.halted):  # it was halted, and someone has decided to go on
-        health = evolve(state.health, streak=torch.zeros_like(state.health.streak), halted=~state.health.halted)
-        state = evolve(state, health=health)
-    _check_position(manifest, record)
-    newer = [path.name for path in found if config.resume != "auto" and path.name > f"step_{state.cursor:08d}"]
-    if newer:
-        raise ConfigError(
-            "The run directory holds later steps than the one to resume from.",
-            where=os.fspath(config.out_dir or ""),
-            got=", ".join(newer),
-            hint="pass another out_dir",
-        )
-    path = Path(source or "")
-    return state, path if path.name.startswith("step_") else path / f"step_{state.cursor:08d}", manifest
-
-
-def _check_position(manifest: Manifest, record: dict[str, Any]) -> None:
-    """The cursor counts batches: it means the same examples only for the same data, cut the same way."""
-    old = {name: manifest.config.get(name) for name in _POSITION_SETTINGS} | {"data": manifest.data}
-    new = {name: record["config"][name] for name in _POSITION_SETTINGS} | {"data": record["data"]}
-    differ = [f"{name}: {old[name]} then, {new[name]} now" for name in old if old[name] != new[name]]
-    if differ:
-        raise CheckpointError(
-            "The run cannot be continued: its position would mean other examples.",
-            expected="the data and settings of the checkpoint",
-            got="; ".join(differ),
-            hint="give the same data and settings, or start another run in another out_dir",
-        )
 
 
 def _mode(config: TrainConfig, manifest: Manifest | None) -> Any:

@@ -43,18 +43,21 @@ class Disk:
         fails: is asked with the number and name of each call; an errno it returns is raised instead of calling.
         drops: is asked likewise; True leaves the call out, unrecorded, as if the code had forgotten it.
         chunk: most bytes that one write takes.
+        deletes: whether deletions are among the calls.
     """
 
     events: list[tuple[str, Path]] = attrs.field(factory=list)
     fails: Callable[[int, str], int | None] = lambda number, call: None
     drops: Callable[[int, str], bool] = lambda number, call: False
     chunk: int = 1 << 30
+    deletes: bool = False
     count: int = 0
 
     @contextmanager
     def mounted(self) -> Iterator[Disk]:
         """Put this disk in the place of the real one."""
-        real = SimpleNamespace(**{name: getattr(os, name) for name in ("open", "mkdir", "write", "fsync", "rename")})
+        names = ("open", "mkdir", "write", "fsync", "rename", "unlink", "rmdir")
+        real = SimpleNamespace(**{name: getattr(os, name) for name in names})
         paths: dict[int, Path] = {}
 
         def call(name: str, path: Path, act: Callable[[], Any]) -> Any:
@@ -76,14 +79,20 @@ class Disk:
             made = flags & os.O_CREAT
             return call("create", Path(path), act) if made else act()
 
+        def write(descriptor: int, data: Any) -> int:
+            if descriptor not in paths:  # a pipe
+                return int(real.write(descriptor, data))
+            return int(call("write", paths[descriptor], lambda: real.write(descriptor, data[: self.chunk])))
+
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(os, "open", open_)
             patch.setattr(os, "mkdir", lambda p, *a, **k: call("mkdir", Path(p), lambda: real.mkdir(p, *a, **k)))
-            patch.setattr(
-                os, "write", lambda fd, data: call("write", paths[fd], lambda: real.write(fd, data[: self.chunk]))
-            )
+            patch.setattr(os, "write", write)
             patch.setattr(os, "fsync", lambda fd: call("fsync", paths[fd], lambda: real.fsync(fd)))
             patch.setattr(os, "rename", lambda a, b: call("rename", Path(b), lambda: real.rename(a, b)))
+            if self.deletes:
+                patch.setattr(os, "unlink", lambda p, **k: call("unlink", Path(p), lambda: real.unlink(p, **k)))
+                patch.setattr(os, "rmdir", lambda p, **k: call("rmdir", Path(p), lambda: real.rmdir(p, **k)))
             yield self
 
 

@@ -2,6 +2,9 @@
 
     python -m tests.crash.saver RUN at-random KILLS SEED
     python -m tests.crash.saver RUN at-every-call
+    python -m tests.crash.saver RUN pruning
+    python -m tests.crash.saver RUN pruning-by-deletion
+    python -m tests.crash.saver RUN cleaning
     python -m tests.crash.saver RUN overwriting
 
 Prints one JSON object. An assertion that fails here is a save that was acknowledged and lost.
@@ -17,6 +20,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +29,8 @@ from typing import BinaryIO
 import torch
 
 from tests.crash.faults import Disk, hidden, make_state
-from trainfn.store import restore, save, steps, verify
+from trainfn.errors import CheckpointError
+from trainfn.store import Retention, clean, disk, prune, restore, save, steps, verify
 
 WIDTH = 50_000  # 0.8 MB a step
 
@@ -48,7 +53,10 @@ def killed(work: Callable[[Callable[[int], object]], object], after: float | Non
     inlet, outlet = os.pipe()
     child = os.fork()
     if not child:
-        work(lambda number: os.write(outlet, number.to_bytes(8, "little")))
+        try:
+            work(lambda number: os.write(outlet, number.to_bytes(8, "little")))
+        except BaseException:
+            traceback.print_exc()
         os._exit(0)
     os.close(outlet)
     if after is not None:
@@ -107,6 +115,80 @@ def at_every_call(run: Path) -> dict[str, int]:
     raise AssertionError("unreachable")
 
 
+def pruning(run: Path, take_away: Callable[[Path], object] = disk.remove) -> dict[str, int]:
+    """Kill a later save and the pruning after it before every system call; count the half steps that are left in sight.
+
+    Five steps are there; the best is the second; the newest and the best are kept.
+    """
+    losses = [3.0, 1.0, 2.0, 2.0, 2.0, 2.0]
+    policy, half = Retention(last=1, best=1), 0
+    original = disk.remove
+    for number in itertools.count(1):
+        shutil.rmtree(run, ignore_errors=True)
+        for cursor in range(5):
+            save(make_state(cursor, 500), run, metrics={"val_loss": losses[cursor]})
+
+        def work(acknowledge: Callable[[int], object], number: int = number) -> None:
+            def dies(count: int, call: str) -> None:
+                if count == number:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            disk.remove = take_away
+            with Disk(fails=dies, deletes=True).mounted():
+                save(make_state(5, 500), run, metrics={"val_loss": losses[5]})
+                acknowledge(5)
+                prune(run, policy, newest=5)
+            acknowledge(6)
+
+        acknowledged = killed(work, after=None)
+        disk.remove = original
+        for step in steps(run):
+            try:
+                verify(step)
+            except CheckpointError:
+                half += 1
+        left = {int(step.name[-2:]) for step in steps(run)}
+        assert {1, 5} <= left if acknowledged >= 5 else {0, 1, 2, 3, 4} <= left, (acknowledged, left)
+        clean(run)
+        assert hidden(run) == []
+        if acknowledged == 6:
+            assert left == {1, 5}
+            return {"kills": number - 1, "half": half}
+    raise AssertionError("unreachable")
+
+
+def pruning_by_deletion(run: Path) -> dict[str, int]:
+    """The control: a step is deleted where it is, file by file."""
+    return pruning(run, shutil.rmtree)
+
+
+def cleaning(run: Path) -> dict[str, int]:
+    """Kill the cleaning at the start of a run before each of its calls, and start again."""
+    for number in itertools.count(1):
+        step = save(make_state(1, 500), run)
+        for name in (".tmp-step_00000002-0123abcd", ".trash-step_00000000-0123abcd"):
+            shutil.copytree(step, run / name, dirs_exist_ok=True)
+
+        def work(acknowledge: Callable[[int], object], number: int = number) -> None:
+            def dies(count: int, call: str) -> None:
+                if count == number:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            with Disk(fails=dies, deletes=True).mounted():
+                clean(run)
+            acknowledge(1)
+
+        acknowledged = killed(work, after=None)
+        assert [path.name for path in steps(run)] == ["step_00000001"]
+        verify(step)
+        if acknowledged == 1:
+            assert hidden(run) == []
+            return {"kills": number - 1}
+        clean(run)
+        assert hidden(run) == []
+    raise AssertionError("unreachable")
+
+
 def overwriting(run: Path) -> dict[str, int]:
     """The control: the same file name every time. Kill the second save after half of its bytes."""
     run.mkdir()
@@ -148,5 +230,6 @@ if __name__ == "__main__":
     warnings.simplefilter("error")  # nothing that a kill leaves behind may need walking back over
     torch.set_num_threads(1)
     run, how, *numbers = sys.argv[1:]
-    way = {"at-random": at_random, "at-every-call": at_every_call, "overwriting": overwriting}[how]
+    ways = (at_random, at_every_call, pruning, pruning_by_deletion, cleaning, overwriting)
+    way: Callable[..., dict[str, int]] = {way.__name__.replace("_", "-"): way for way in ways}[how]
     print(json.dumps(way(Path(run), *map(int, numbers))))

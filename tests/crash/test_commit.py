@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
 import resource
+import threading
 from pathlib import Path
 
 import pytest
 
 from tests.crash.faults import Disk, flaws, hidden, make_state
 from trainfn import tree
-from trainfn.store import CheckpointWriteError, History, cut, load, rows, save, steps, verify
+from trainfn.store import (
+    CheckpointWriteError,
+    History,
+    Retention,
+    Saver,
+    clean,
+    cut,
+    load,
+    prune,
+    rows,
+    save,
+    steps,
+    verify,
+)
 
 
 def test_every_byte_and_name_is_on_the_disk_before_the_step_is(tmp_path: Path) -> None:
@@ -38,7 +53,7 @@ def test_a_step_found_in_place_is_made_durable_before_it_is_returned(tmp_path: P
     assert disk.events == [("fsync", tmp_path)]
 
 
-@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO])
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO, errno.EACCES, errno.EROFS, errno.EMFILE])
 @pytest.mark.parametrize("damaged", [False, True], ids=["new step", "over a damaged step"])
 @pytest.mark.parametrize("recovers", [True, False], ids=["once", "from then on"])
 def test_a_failure_at_any_call_leaves_no_trace(tmp_path: Path, error: int, damaged: bool, recovers: bool) -> None:
@@ -48,6 +63,7 @@ def test_a_failure_at_any_call_leaves_no_trace(tmp_path: Path, error: int, damag
         save(make_state(2), tmp_path)
         broken.write_bytes(b"{}")
     before = steps(tmp_path)
+    descriptors = len(os.listdir("/proc/self/fd"))
     calls = 11 if damaged else 10  # mkdir; create, write, fsync of two files; fsync; [rename aside]; rename; fsync
     for number in range(1, calls + 1):
 
@@ -59,6 +75,7 @@ def test_a_failure_at_any_call_leaves_no_trace(tmp_path: Path, error: int, damag
         with Disk(fails=fails).mounted(), pytest.raises(CheckpointWriteError) as raised:
             save(make_state(2), tmp_path)
         assert raised.value.errno == error
+        assert len(os.listdir("/proc/self/fd")) == descriptors
         assert isinstance(raised.value.__cause__, OSError)
         assert re.search(
             rf"{os.strerror(error)}.*\d+ bytes to be written.*\d+ bytes free", str(raised.value), re.DOTALL
@@ -131,3 +148,59 @@ def test_a_failed_cut_leaves_the_history_as_it_was(tmp_path: Path) -> None:
         assert len(list(rows(history.path))) == (5 if number < 5 else 3)
     cut(history.path, 2)
     assert len(list(rows(history.path))) == 3
+
+
+def test_a_removal_is_durable_before_anything_is_deleted(tmp_path: Path) -> None:
+    for cursor in range(3):
+        save(make_state(cursor), tmp_path)
+    with Disk(deletes=True).mounted() as record:
+        prune(tmp_path, Retention(last=1), newest=2)
+    calls = [call for call, _ in record.events]
+    assert calls == ["rename", "fsync", "unlink", "unlink", "rmdir"] * 2
+    assert all(path.name.startswith(".trash-step_") for call, path in record.events if call == "rename")
+
+
+def test_control_the_same_check_sees_an_fsync_left_out(tmp_path: Path) -> None:
+    for cursor in range(2):
+        save(make_state(cursor), tmp_path)
+    with Disk(deletes=True, drops=lambda count, call: call == "fsync").mounted() as record:
+        prune(tmp_path, Retention(last=1), newest=1)
+    assert [call for call, _ in record.events] != ["rename", "fsync", "unlink", "unlink", "rmdir"]
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.EACCES, errno.EROFS, errno.EMFILE])
+def test_a_failure_at_any_call_of_a_pruning_leaves_whole_steps(tmp_path: Path, error: int) -> None:
+    descriptors = len(os.listdir("/proc/self/fd"))
+    for number in range(1, 6):
+        run = tmp_path / str(number)
+        for cursor in range(2):
+            save(make_state(cursor), run)
+        broken = Disk(deletes=True, fails=lambda count, call, n=number: error if count == n else None)
+        with (
+            broken.mounted(),
+            contextlib.nullcontext() if number > 2 else pytest.raises(CheckpointWriteError) as raised,
+        ):
+            prune(run, Retention(last=1), newest=1)
+        if number <= 2:
+            assert raised.value.errno == error
+        assert [verify(step).cursor for step in steps(run)] == ([0, 1] if number == 1 else [1])
+        clean(run)
+        prune(run, Retention(last=1), newest=1)
+        assert sorted(os.listdir(run)) == ["step_00000001"]
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+def test_a_save_on_a_thread_fails_as_one_in_the_open_does(tmp_path: Path) -> None:
+    threads = threading.active_count()
+    for number in range(1, 11):
+        broken = Disk(fails=lambda count, call, n=number: errno.EIO if count == n else None)
+        saver = Saver(tmp_path)
+        saver.save(make_state(0))
+        saver.drain()
+        with broken.mounted(), pytest.raises(CheckpointWriteError):
+            saver.save(make_state(1)), saver.drain()
+        assert [verify(step).cursor for step in steps(tmp_path)] == [0]
+        assert hidden(tmp_path) == []
+    saver.save(make_state(1))
+    assert saver.drain() == tmp_path / "step_00000001"
+    assert threading.active_count() == threads

@@ -36,5 +36,18 @@ def test_killed_before_every_system_call(tmp_path: Path) -> None:
     assert result == {"kills": 12, "saved": 1}
 
 
+def test_killed_before_every_call_of_a_later_save_and_its_pruning(tmp_path: Path) -> None:
+    result = outcome(tmp_path / "run", "pruning")
+    assert result == {"kills": 31, "half": 0}
+
+
+def test_control_deletion_in_place_leaves_half_a_step(tmp_path: Path) -> None:
+    assert outcome(tmp_path / "run", "pruning-by-deletion")["half"] > 0
+
+
+def test_killed_before_every_call_of_the_cleaning_at_the_start(tmp_path: Path) -> None:
+    assert outcome(tmp_path / "run", "cleaning") == {"kills": 6}
+
+
 def test_control_a_file_that_is_overwritten_is_lost(tmp_path: Path) -> None:
     assert outcome(tmp_path / "run", "overwriting") == {"acknowledged": 0, "lost": 1}

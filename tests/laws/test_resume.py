@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import trainfn
+import trainfn.directory
 from tests.laws.resume_program import summary, train
 
 PROGRAM = Path(__file__).with_name("resume_program.py")
@@ -62,13 +63,13 @@ def test_any_cuts_any_number_of_times(tmp_path_factory, cuts, accumulate, shuffl
 
 
 def test_a_run_killed_in_the_middle_goes_on_exactly(tmp_path):
-    whole = summary(train(9, tmp_path / "whole", save_every=2))
+    whole = summary(train(9, tmp_path / "whole", save_every=2, save_async=False))
     code = (
         "import os, signal, sys; sys.path.insert(0, sys.argv[2]); import torch; torch.set_num_threads(1)\n"
         "from tests.laws.resume_program import train\n"
         "def kill(state):\n"
         "    if state.cursor == 7: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "train(9, sys.argv[1], save_every=2, observers=[kill])"
+        "train(9, sys.argv[1], save_every=2, save_async=False, observers=[kill])"
     )
     killed = subprocess.run([sys.executable, "-c", code, tmp_path / "cut", PROGRAM.parents[2]], check=False)
     assert killed.returncode == -signal.SIGKILL
@@ -87,13 +88,13 @@ def test_compiled_runs_resume_exactly_in_the_mode_they_began_in(tmp_path):
 def test_control_a_resume_that_forgets_a_part_is_noticed(tmp_path, monkeypatch, forgotten):
     whole = summary(train(5, tmp_path / "whole"))
     train(3, tmp_path / "cut")
-    honest = trainfn.plan.__globals__["restore"]
+    honest = trainfn.directory.restore
 
-    def forgetful(path, like):
-        state, manifest = honest(path, like=like)
+    def forgetful(path, like, also):
+        state, manifest = honest(path, like=like, also=also)
         return attrs.evolve(state, **{forgotten: getattr(like, forgotten)}), manifest
 
-    monkeypatch.setitem(trainfn.plan.__globals__, "restore", forgetful)
+    monkeypatch.setattr(trainfn.directory, "restore", forgetful)
     assert summary(train(5, tmp_path / "cut"))["digest"] != whole["digest"]
 
 

@@ -2,8 +2,13 @@
 
 | file | what it is |
 |---|---|
-| ``checkpoint`` | ``save``, ``load``, ``restore``, ``verify``, ``steps``: a state as a verified step directory |
+| ``checkpoint`` | ``save``, ``load``, ``restore``, ``steps``: a state as a verified step directory |
 | ``capsule`` | ``save_capsule``, ``load_capsule``, ``read_notes``: one step to take, with its batch, as evidence |
+| ``retention`` | ``Retention``, ``keep``, ``prune``, ``clean``: which checkpoints stay, and how the others go |
+| ``saver`` | ``Saver``: the checkpoints of a run, written beside the training |
+| ``lock`` | ``writing``: one writer for a run directory |
+| ``weights`` | ``load_params``, ``average``: parameters by name, from elsewhere and from several |
+| ``tools`` | ``inspect``, ``verify``, ``diff``: what to ask of checkpoints |
 | ``sealed`` | what the two share: a directory whose manifest vouches for its files |
 | ``manifest`` | ``Manifest``: what is known about a checkpoint, as JSON that protects itself |
 | ``tensors`` | named tensors as safetensors bytes, and the checks before they are believed |
@@ -13,21 +18,39 @@
 """
 
 from trainfn.store.capsule import Capsule, load_capsule, read_notes, save_capsule
-from trainfn.store.checkpoint import CheckpointWarning, load, restore, save, steps, verify
+from trainfn.store.checkpoint import CheckpointWarning, glance, load, restore, save, steps
 from trainfn.store.disk import CheckpointDamagedError, CheckpointWriteError
 from trainfn.store.history import History, cut, rows
+from trainfn.store.lock import RunLockedError, writing
 from trainfn.store.manifest import Manifest
+from trainfn.store.retention import Entry, Retention, clean, keep, prune
+from trainfn.store.saver import Saver
+from trainfn.store.tools import Difference, diff, inspect, verify
+from trainfn.store.weights import average, load_params
 
 __all__ = [
     "Capsule",
     "CheckpointDamagedError",
     "CheckpointWarning",
     "CheckpointWriteError",
+    "Difference",
+    "Entry",
     "History",
     "Manifest",
+    "Retention",
+    "RunLockedError",
+    "Saver",
+    "average",
+    "clean",
     "cut",
+    "diff",
+    "glance",
+    "inspect",
+    "keep",
     "load",
     "load_capsule",
+    "load_params",
+    "prune",
     "read_notes",
     "restore",
     "rows",
@@ -35,4 +58,5 @@ __all__ = [
     "save_capsule",
     "steps",
     "verify",
+    "writing",
 ]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from trainfn.errors import CheckpointError
@@ -21,7 +21,7 @@ from trainfn.state import TrainState
 from trainfn.store import disk
 from trainfn.store.disk import CheckpointDamagedError
 from trainfn.store.manifest import Manifest, serialise
-from trainfn.store.sealed import STATE, build, indented, seal, unseal
+from trainfn.store.sealed import STATE, belongs, build, indented, seal, unseal
 from trainfn.store.strict_json import Json, canonical, loads
 
 MANIFEST = "manifest.json"
@@ -73,7 +73,7 @@ def save(
     ('step_00000000', True)
     """
     run = Path(path)
-    if _is_step(run):
+    if is_step(run):
         raise CheckpointError("A checkpoint cannot be saved inside another.", where=run, hint=f"save to {run.parent}")
     notes = loads(canonical({"config": dict(config or {}), "metrics": dict(metrics or {})}))
     manifest, files = seal(
@@ -85,7 +85,7 @@ def save(
         metrics=notes["metrics"],
         tied={name: tuple(others) for name, others in (tied or {}).items()},
     )
-    target = run / _step_name(manifest.cursor)
+    target = run / step_name(manifest.cursor)
     there = os.path.lexists(target)
     if there and _holds_same(target, manifest):
         with disk.reporting(target, 0):
@@ -108,7 +108,9 @@ def load(path: RunPath, like: TrainState) -> TrainState:
     return restore(path, like)[0]
 
 
-def restore(path: RunPath, like: TrainState) -> tuple[TrainState, Manifest]:
+def restore(
+    path: RunPath, like: TrainState, *, also: Callable[[Manifest], Iterable[str]] | None = None
+) -> tuple[TrainState, Manifest]:
     """Return a saved state, bit for bit as it was saved, and its manifest.
 
     Of a run directory, the newest step that verifies is taken; newer ones that do not are named, with their reasons,
@@ -118,6 +120,7 @@ def restore(path: RunPath, like: TrainState) -> tuple[TrainState, Manifest]:
         path: a run directory, or one step directory in it.
         like: gives the structure, and each leaf's dtype, shape, device, memory layout and ``requires_grad``. It is
             not written to and shares no memory with the result. Its numbers do not matter.
+        also: says what else differs, one line each, to be reported in the same error.
 
     Raises:
         CheckpointError: there is nothing to load, nothing verifies, or what was saved differs from ``like`` in names,
@@ -132,8 +135,8 @@ def restore(path: RunPath, like: TrainState) -> tuple[TrainState, Manifest]:
     >>> manifest.cursor, manifest.metrics, manifest.tensors["params.weight"]
     (0, {'val_loss': nan}, TensorEntry(dtype='float32', shape=(1, 2)))
     """
-    step, manifest, raw = _choose(Path(path))
-    return build(manifest, raw, like, where=step), manifest
+    step, manifest, raw = choose(Path(path))
+    return build(manifest, raw, like, where=step, others=also(manifest) if also else ()), manifest
 
 
 def verify(step: RunPath) -> Manifest:
@@ -152,6 +155,25 @@ def verify(step: RunPath) -> Manifest:
     return _read(Path(step))[0]
 
 
+def glance(step: RunPath) -> Manifest:
+    """Return the manifest of a step directory without reading its tensors: their file's size is all that is checked.
+
+    Raises:
+        CheckpointError: as :func:`verify`, but for the tensors' bytes.
+
+    >>> import tempfile, torch, trainfn
+    >>> state = trainfn.init(torch.nn.Linear(2, 1), trainfn.optim.sgd(lr=0.1))
+    >>> with tempfile.TemporaryDirectory() as run:
+    ...     glance(save(state, run)).tensors["params.bias"].shape
+    (1,)
+    """
+    path = Path(step)
+    manifest = belongs(path, MANIFEST, called=step_name)
+    for name, entry in manifest.files.items():
+        disk.check(path / name, size=entry.size)
+    return manifest
+
+
 def steps(path: RunPath) -> list[Path]:
     """Return the step directories of a run, oldest first, verified or not; none if the run does not exist.
 
@@ -167,8 +189,9 @@ def steps(path: RunPath) -> list[Path]:
     return [Path(path, name) for name in sorted(names, key=lambda name: int(name.removeprefix("step_")))]
 
 
-def _choose(path: Path) -> tuple[Path, Manifest, bytes]:
-    if _is_step(path):
+def choose(path: Path) -> tuple[Path, Manifest, bytes]:
+    """Return the step that :func:`restore` takes, its manifest, and the bytes of its tensors, verified."""
+    if is_step(path):
         return path, *_read(path)
     bad: list[str] = []
     for step in reversed(steps(path)):
@@ -190,7 +213,7 @@ def _choose(path: Path) -> tuple[Path, Manifest, bytes]:
 
 def _read(step: Path) -> tuple[Manifest, bytes]:
     """Return the manifest and the tensors' bytes of a step directory, both verified."""
-    manifest, files = unseal(step, MANIFEST, called=_step_name)
+    manifest, files = unseal(step, MANIFEST, called=step_name)
     return manifest, files[STATE]
 
 
@@ -210,9 +233,11 @@ def _holds_same(step: Path, manifest: Manifest) -> bool:
     return True
 
 
-def _is_step(path: Path) -> bool:
+def is_step(path: Path) -> bool:
+    """Return whether a path has the name of a step directory, whatever is there."""
     return _STEP_NAME.fullmatch(path.absolute().name) is not None
 
 
-def _step_name(cursor: int) -> str:
+def step_name(cursor: int) -> str:
+    """Return the name of the directory of the checkpoint after batch ``cursor``."""
     return f"step_{cursor:08d}"

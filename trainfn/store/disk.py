@@ -55,26 +55,18 @@ def read(path: Path, *, size: int, exact: bool = False) -> bytes:
     >>> len(read(Path(os.path.realpath(__file__)), size=1 << 20)) > 1000
     True
     """
-    try:
-        if not stat.S_ISDIR(os.lstat(path.parent).st_mode):
-            raise CheckpointDamagedError("Not a directory, or a link to one.", where=path.parent)
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise CheckpointDamagedError("Not a regular file.", where=path, got=stat.filemode(status.st_mode))
-            if status.st_size > size or (exact and status.st_size < size):
-                expected = f"{'exactly' if exact else 'at most'} {size} bytes"
-                raise CheckpointDamagedError(
-                    "The file has the wrong size.", where=path, expected=expected, got=f"{status.st_size} bytes"
-                )
-            with open(descriptor, "rb", closefd=False) as file:
-                return file.read(status.st_size)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        kind = CheckpointDamagedError if error.errno in _NOT_A_FILE else CheckpointError
-        raise kind(f"The file cannot be read: {error.strerror}.", where=path) from error
+    with _opened(path, size=size, exact=exact) as (descriptor, length), open(descriptor, "rb", closefd=False) as file:
+        return file.read(length)
+
+
+def check(path: Path, *, size: int) -> None:
+    """Hold that a regular file of ``size`` bytes is there, without reading it.
+
+    Raises:
+        CheckpointError: as :func:`read`.
+    """
+    with _opened(path, size=size, exact=True):
+        pass
 
 
 def commit(target: Path, files: Mapping[str, bytes], *, displace: bool = False) -> None:
@@ -102,7 +94,7 @@ def commit(target: Path, files: Mapping[str, bytes], *, displace: bool = False) 
         _make_directory(run)
         if shutil.disk_usage(run).free < needed:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        undo.callback(_remove, temporary)
+        undo.callback(discard, temporary)
         os.mkdir(temporary)
         for name, data in files.items():
             _write(temporary / name, data)
@@ -114,7 +106,7 @@ def commit(target: Path, files: Mapping[str, bytes], *, displace: bool = False) 
         undo.callback(_move_back, target, temporary)
         sync_directory(run)
         undo.pop_all()
-    _remove(trash)
+    discard(trash)
 
 
 def replace(path: Path, data: bytes) -> None:
@@ -125,11 +117,41 @@ def replace(path: Path, data: bytes) -> None:
     """
     temporary = path.with_name(f".tmp-{path.name}-{secrets.token_hex(4)}")
     with reporting(path, len(data)), contextlib.ExitStack() as undo:
-        undo.callback(_remove, temporary)
+        undo.callback(discard, temporary)
         _write(temporary, data)
         os.rename(temporary, path)
         sync_directory(path.parent)
         undo.pop_all()
+
+
+def remove(path: Path) -> None:
+    """Take a directory away so that at every moment, also after power loss, it is whole under its name or not there.
+
+    Raises:
+        CheckpointWriteError: it could not be renamed, and is whole; or the renaming could not be made durable. What a
+            deletion leaves behind is hidden, and for the next writer to discard.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as home:
+    ...     commit(Path(home, "new"), {"a": b"1"})
+    ...     remove(Path(home, "new"))
+    ...     os.listdir(home)
+    []
+    """
+    trash = path.with_name(f".trash-{path.name}-{secrets.token_hex(4)}")
+    with reporting(path, 0):
+        os.rename(path, trash)
+        sync_directory(path.parent)
+    discard(trash)
+
+
+def discard(path: Path) -> None:
+    """Delete a file, a link, or a directory and what is in it, as far as that is possible; no link is followed."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
 
 
 def sync_directory(path: Path) -> None:
@@ -156,6 +178,30 @@ def reporting(path: Path, needed: int) -> Iterator[None]:
         ) from error
 
 
+@contextlib.contextmanager
+def _opened(path: Path, *, size: int, exact: bool) -> Iterator[tuple[int, int]]:
+    """Yield the descriptor of a regular file of a size that is accepted, and its size."""
+    try:
+        if not stat.S_ISDIR(os.lstat(path.parent).st_mode):
+            raise CheckpointDamagedError("Not a directory, or a link to one.", where=path.parent)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise CheckpointDamagedError("Not a regular file.", where=path, got=stat.filemode(status.st_mode))
+            if status.st_size > size or (exact and status.st_size < size):
+                expected = f"{'exactly' if exact else 'at most'} {size} bytes"
+                raise CheckpointDamagedError(
+                    "The file has the wrong size.", where=path, expected=expected, got=f"{status.st_size} bytes"
+                )
+            yield descriptor, status.st_size
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        kind = CheckpointDamagedError if error.errno in _NOT_A_FILE else CheckpointError
+        raise kind(f"The file cannot be read: {error.strerror}.", where=path) from error
+
+
 def _write(path: Path, data: bytes) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)  # less the umask
     try:
@@ -178,14 +224,6 @@ def _make_directory(path: Path) -> None:
 def _move_back(source: Path, target: Path) -> None:
     with contextlib.suppress(OSError):
         os.rename(source, target)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with contextlib.suppress(OSError):
-            os.unlink(path)
 
 
 def _free(path: Path) -> int | str:

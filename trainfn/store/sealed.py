@@ -76,20 +76,7 @@ def unseal(
         CheckpointDamagedError: something is absent, not a regular file, or not as it was written.
         CheckpointError: written in another format, or unreadable for a reason outside the directory.
     """
-    manifest = parse(disk.read(path / name, size=MAX_MANIFEST_BYTES), where=path / name)
-    own = {"seed": manifest.seed, "cursor": manifest.cursor}
-    if (
-        path.absolute().name != called(manifest.cursor)
-        or manifest.files.keys() != {STATE, *others}
-        or manifest.config_sha256 != sha256(canonical(manifest.config))
-        or own.items() - manifest.scalars.items()
-    ):
-        raise CheckpointDamagedError(
-            "The manifest does not belong where it is, or contradicts itself.",
-            where=path / name,
-            expected=f"the manifest of {path.name}, with {', '.join([STATE, *others])}",
-            got=f"that of {called(manifest.cursor)}, with {', '.join(manifest.files)}",
-        )
+    manifest = belongs(path, name, called=called, others=others)
     files = {}
     for file, entry in manifest.files.items():
         raw = files[file] = disk.read(path / file, size=entry.size, exact=True)
@@ -106,13 +93,38 @@ def unseal(
     return manifest, files
 
 
-def build(manifest: Manifest, raw: bytes, like: TrainState, *, where: Path) -> TrainState:
+def belongs(path: Path, name: str, *, called: Callable[[int], str], others: Iterable[str] = ()) -> Manifest:
+    """Return the manifest of a directory, which is this directory's and agrees with itself. Arguments: :func:`unseal`.
+
+    Raises:
+        CheckpointError: as :func:`unseal`, but for the other files.
+    """
+    manifest = parse(disk.read(path / name, size=MAX_MANIFEST_BYTES), where=path / name)
+    own = {"seed": manifest.seed, "cursor": manifest.cursor}
+    if (
+        path.absolute().name != called(manifest.cursor)
+        or manifest.files.keys() != {STATE, *others}
+        or manifest.config_sha256 != sha256(canonical(manifest.config))
+        or own.items() - manifest.scalars.items()
+    ):
+        raise CheckpointDamagedError(
+            "The manifest does not belong where it is, or contradicts itself.",
+            where=path / name,
+            expected=f"the manifest of {path.name}, with {', '.join([STATE, *others])}",
+            got=f"that of {called(manifest.cursor)}, with {', '.join(manifest.files)}",
+        )
+    return manifest
+
+
+def build(manifest: Manifest, raw: bytes, like: TrainState, *, where: Path, others: Iterable[str] = ()) -> TrainState:
     """Return the state in ``raw``, in the structure of ``like``, which is not written to and shares no memory with it.
+
+    ``others`` are differences that the caller has found, reported with those that are found here.
 
     Raises:
         CheckpointError: what was saved differs from ``like``: all differences are listed.
     """
-    if differences := structure.differences(manifest, structure.leaves(like)):
+    if differences := sorted([*others, *structure.differences(manifest, structure.leaves(like))]):
         raise CheckpointError(
             "What was saved does not fit the state that it is loaded into.",
             where=where,

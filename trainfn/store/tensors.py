@@ -81,8 +81,13 @@ def decode(data: bytes) -> dict[str, Tensor]:
         raise _damaged(str(error)) from error
 
 
-def entries(data: bytes, *, where: object = None) -> dict[str, TensorEntry]:
+def entries(data: bytes, *, where: object = None, metadata: bool = False) -> dict[str, TensorEntry]:
     """Return the dtype and shape of every tensor by name, having checked that the header describes all of the data.
+
+    Args:
+        data: the file's contents.
+        where: for messages.
+        metadata: let the header hold the text that other writers put there. It is not read.
 
     Raises:
         CheckpointDamagedError: the header is cut, too long, no JSON, repeats a name, has an entry of another form,
@@ -100,6 +105,8 @@ def entries(data: bytes, *, where: object = None) -> dict[str, TensorEntry]:
         raise _damaged(f"a header that is not strict JSON ({error})", where) from error
     if not isinstance(header, dict) or len(header) > MAX_TENSORS:
         raise _damaged(f"a header that is not an object of at most {MAX_TENSORS} tensors", where)
+    if metadata and _is_text(header.get("__metadata__")):
+        del header["__metadata__"]
     spans, found = [(0, 0), (len(data) - 8 - length,) * 2], {}
     for name, entry in header.items():
         parsed = _entry(entry)
@@ -124,6 +131,10 @@ def _entry(entry: Any) -> tuple[TensorEntry, tuple[int, int]] | None:
         ):
             return TensorEntry(dtype=_name(DTYPES[code]), shape=tuple(shape)), (begin, end)
     return None
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, dict) and all(type(text) is str for text in value.values())
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -32,6 +32,10 @@ _OTHER_NAMES = {  # what Lightning, Hugging Face and Keras call our settings: an
     "log_every_n_steps": "log_every",
     "eval_steps": "eval_every",
     "save_steps": "save_every",
+    "save_total_limit": "keep_last",
+    "save_top_k": "keep_best",
+    "metric_for_best_model": "monitor",
+    "greater_is_better": 'mode="max"',
     "val_dataset": "val_data",
     "eval_dataset": "val_data",
     "callbacks": "observers",
@@ -97,7 +101,18 @@ class TrainConfig:
         ema: decay of a moving average of the parameters, which is then what is evaluated and returned.
         eval_every: steps between evaluations; once an epoch if None. There is always one at the end.
         log_every: steps between rows of the history.
-        save_every: steps between checkpoints; only the one at the end if None.
+        save_every: steps between checkpoints; only the one at the end if None. There is also one at each evaluation
+            whose result is among the ``keep_best`` so far.
+        save_every_minutes: minutes after which another checkpoint is due, counted from the last one.
+        save_async: write checkpoints beside the training, from a copy; see :mod:`trainfn.store.saver`.
+        on_save_error: ``"stop"`` the run when a checkpoint cannot be written, or ``"warn"`` and go on without it.
+        keep_last: how many of the newest checkpoints to keep; None for all. The newest one whose losses were finite
+            is kept in any case.
+        keep_best: how many of the best checkpoints to keep besides.
+        keep_every: keep the checkpoints whose step is a multiple of this for ever.
+        monitor: what the best is chosen by, a name in the history; ``"val_loss"`` if None, or ``"loss"`` where nothing
+            is evaluated.
+        mode: whether ``"min"`` or ``"max"`` of it is best; ``"auto"`` knows for losses, errors and accuracies.
         out_dir: the run directory; nothing is written if None.
         resume: ``"auto"`` continues what is in ``out_dir`` if anything is, a path continues from there.
         seed: what the order of the data and every random draw is derived from.
@@ -135,6 +150,14 @@ class TrainConfig:
     eval_every: int | None = _setting(None, "an int >= 1", _at_least(1), optional=True)
     log_every: int = _setting(10, "an int >= 1", _at_least(1))
     save_every: int | None = _setting(1000, "an int >= 1", _at_least(1), optional=True)
+    save_every_minutes: float | None = _setting(None, "a number > 0", _positive, optional=True)
+    save_async: bool = _setting(True, "a bool", _is_bool)
+    on_save_error: Literal["stop", "warn"] = _one_of("stop", "warn")
+    keep_last: int | None = _setting(2, "an int >= 1", _at_least(1), optional=True)
+    keep_best: int = _setting(1, "an int >= 0", _at_least(0))
+    keep_every: int | None = _setting(None, "an int >= 1", _at_least(1), optional=True)
+    monitor: str | None = _setting(None, "a name", lambda v: isinstance(v, str), optional=True)
+    mode: Literal["auto", "min", "max"] = _one_of("auto", "min", "max")
     out_dir: str | os.PathLike[str] | None = _setting(None, "a path", _is_path, optional=True)
     resume: str | os.PathLike[str] | None = _setting(None, '"auto" or a path', _is_path, optional=True)
     seed: int = _setting(0, "an int in [0, 2**63)", lambda v: _at_least(0)(v) and v < 2**63)

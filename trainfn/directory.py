@@ -1,0 +1,178 @@
+"""The run directory: whether it can be written to, what of it a run continues from, and what is kept in it."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from trainfn.errors import ConfigError, suggest
+from trainfn.state import TrainState
+from trainfn.store import CheckpointWarning, Manifest, Retention, restore, steps
+from trainfn.task.config import TrainConfig
+from trainfn.tree import evolve
+
+HARMLESS = {
+    "max_steps", "max_epochs", "eval_every", "log_every", "save_every", "save_every_minutes", "save_async",
+    "on_save_error", "keep_last", "keep_best", "keep_every", "monitor", "mode", "out_dir", "resume", "workers",
+    "health_every", "noise_scale_every", "progress", "fast_dev_run", "stop", "cuda_graph",
+}  # fmt: skip
+"""Settings that may change from one part of a run to the next without changing one bit of its states."""
+
+_UNSAID = {"resume", "out_dir", "progress", "stop", "compile", "compile_mode", "threads", "hardware"}
+_POSITION = ("seed", "batch_size", "accumulate", "shuffle", "drop_last")
+_BETTER: dict[Literal["max", "min"], tuple[str, ...]] = {
+    "max": ("accuracy", "f1", "r2"),
+    "min": ("loss", "perplexity", "error", "ece", "grad_norm"),
+}
+
+
+def check_writable(out_dir: str | os.PathLike[str] | None) -> None:
+    """Make the run directory if it is absent, and hold that files can be made in it.
+
+    Raises:
+        ConfigError: they cannot.
+
+    >>> check_writable("/dev/null/run")
+    Traceback (most recent call last):
+        ...
+    trainfn.errors.ConfigError: The run directory cannot be written to.
+      where: /dev/null/run
+      got: Not a directory
+      try: pass another out_dir
+    """
+    if out_dir is None:
+        return
+    try:
+        Path(out_dir).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out_dir):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            "The run directory cannot be written to.",
+            where=os.fspath(out_dir),
+            got=error.strerror or str(error),
+            hint="pass another out_dir",
+        ) from error
+
+
+def make_retention(config: TrainConfig, metrics: Iterable[str], *, evaluated: bool) -> Retention:
+    """Return which checkpoints the settings keep.
+
+    Args:
+        config: the settings.
+        metrics: names of what is measured besides the loss.
+        evaluated: whether there is data to evaluate on.
+
+    Raises:
+        ConfigError: nothing of the monitored name is measured, or ``mode="auto"`` does not know it.
+
+    >>> config = TrainConfig(max_steps=1, monitor="val_accuracy", keep_best=3)
+    >>> make_retention(config, ["accuracy"], evaluated=True)
+    Retention(last=2, best=3, monitor='val_accuracy', mode='max', every=None)
+    """
+    monitor = config.monitor or ("val_loss" if evaluated else "loss")
+    measured = ["val_loss", *(f"val_{name}" for name in metrics)] if evaluated else []
+    known = ["loss", "grad_norm", *measured]
+    # One metric may have several results, val_f1_cat and val_f1_dog; which, only measuring tells.
+    if not any(monitor == name or (name in measured and monitor.startswith(f"{name}_")) for name in known):
+        raise ConfigError("Nothing of this name is measured.", got=f"monitor={monitor!r}", hint=suggest(monitor, known))
+    fitting = [mode for mode, words in _BETTER.items() if any(word in monitor for word in words)]
+    mode = config.mode if config.mode != "auto" else fitting[0] if fitting else None
+    if mode is None:
+        raise ConfigError(
+            "It is not known whether a smaller or a greater number is better.",
+            where=f"monitor={monitor!r}",
+            hint='pass mode="min" or mode="max"',
+        )
+    return Retention(last=config.keep_last, best=config.keep_best, monitor=monitor, mode=mode, every=config.keep_every)
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Return what the last bits of a run depend on besides the versions, as fields of its record.
+
+    >>> sorted(machine(torch.device("cpu")))
+    ['hardware', 'threads']
+    """
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {"threads": torch.get_num_threads(), "hardware": hardware}
+
+
+def changes(manifest: Manifest, record: Mapping[str, Any]) -> dict[str, str]:
+    """Return the settings that differ between a checkpoint and this run, by name, as ``then -> now``."""
+    new = {**record["config"], "optimizer": record["optimizer"]}
+    old = {**manifest.config, "optimizer": manifest.optimizer}
+    differ = [name for name in new if name not in _UNSAID and old.get(name) != new[name]]
+    return {name: f"{old.get(name)} -> {new[name]}" for name in differ}
+
+
+def resume(
+    config: TrainConfig, state: TrainState, record: Mapping[str, Any]
+) -> tuple[TrainState, Path | None, Manifest | None]:
+    """Return the state to start from, and the checkpoint that it comes from, if it does.
+
+    Raises:
+        ConfigError: the run directory holds checkpoints, and there is no saying what to do about them.
+        CheckpointError: the checkpoint does not fit the model, the optimizer, the data or the settings: all that
+            differs is reported together.
+    """
+    found = steps(config.out_dir) if config.out_dir is not None else []
+    if config.resume is None:
+        if found:
+            raise ConfigError(
+                "The run directory already holds a run.",
+                where=os.fspath(config.out_dir or ""),
+                got=f"{len(found)} checkpoints, the last one {found[-1].name}",
+                hint='pass resume="auto" to continue it, or another out_dir to start afresh',
+            )
+        return state, None, None
+    if config.resume == "auto" and not found:
+        return state, None, None
+    source = config.out_dir if config.resume == "auto" else config.resume
+    state, manifest = restore(source or "", like=state, also=lambda manifest: _obstacles(manifest, record))
+    if bool(state.health.halted):  # it was halted, and someone has decided to go on
+        health = evolve(state.health, streak=torch.zeros_like(state.health.streak), halted=~state.health.halted)
+        state = evolve(state, health=health)
+    newer = [path.name for path in found if config.resume != "auto" and path.name > f"step_{state.cursor:08d}"]
+    if newer:
+        raise ConfigError(
+            "The run directory holds later steps than the one to resume from.",
+            where=os.fspath(config.out_dir or ""),
+            got=", ".join(newer),
+            hint="pass another out_dir",
+        )
+    _warn_of_other_bits(manifest, record)
+    path = Path(source or "")
+    return state, path if path.name.startswith("step_") else path / f"step_{state.cursor:08d}", manifest
+
+
+def _obstacles(manifest: Manifest, record: Mapping[str, Any]) -> list[str]:
+    """Return what keeps a run from going on from a checkpoint, besides the leaves of its state.
+
+    The cursor counts batches: it means the same examples only for the same data, cut the same way. Moments of one
+    optimizer may have the names and shapes of another's; its settings may change.
+    """
+    old = {name: manifest.config.get(name) for name in _POSITION} | {"data": manifest.data}
+    new = {name: record["config"][name] for name in _POSITION} | {"data": record["data"]}
+    old["optimizer"], new["optimizer"] = (text.partition("(")[0] for text in (manifest.optimizer, record["optimizer"]))
+    names = manifest.tied.keys() | record["tied"].keys()
+    for name in names:
+        old[f"tied to {name}"] = ", ".join(manifest.tied.get(name, ())) or "nothing"
+        new[f"tied to {name}"] = ", ".join(record["tied"].get(name, ())) or "nothing"
+    return [f"{name}: {old[name]} then, {new[name]} now" for name in old if old[name] != new[name]]
+
+
+def _warn_of_other_bits(manifest: Manifest, record: Mapping[str, Any]) -> None:
+    then = {"torch": manifest.torch} | {name: manifest.config.get(name) for name in ("threads", "hardware")}
+    now = {"torch": str(torch.__version__)} | {name: record["config"][name] for name in ("threads", "hardware")}
+    if "cpu" not in (then["hardware"], now["hardware"]):
+        then["threads"] = now["threads"]
+    differ = [f"{name} {then[name]} then, {now[name]} now" for name in then if then[name] not in (None, now[name])]
+    if differ:
+        text = f"The run goes on, but not bit for bit as it would have: {'; '.join(differ)}."
+        warnings.warn(text, CheckpointWarning, stacklevel=6)
