@@ -88,8 +88,8 @@ def mlm(
     """Return the collator that pads, and masks tokens for :func:`trainfn.loss.masked_language_modeling`.
 
     Of the tokens, each is chosen with ``probability``; of the chosen ones, 80 % become ``mask_id``, 10 % a random
-    token and 10 % stay. ``labels`` hold the chosen tokens, and ``ignore_index`` elsewhere. Padding, ``mask_id`` and
-    ``special_ids`` are never chosen. The draws come from PyTorch's global generator, which the loader seeds for each
+    token and 10 % stay. ``labels`` hold the chosen tokens, and ``ignore_index`` elsewhere. ``pad_id``, ``mask_id`` and
+    ``special_ids`` are never chosen, nor drawn. The draws come from PyTorch's global generator, which the loader seeds for each
     batch: a batch is the same whenever it is asked for, and another one in the next epoch.
 
     Args:
@@ -110,7 +110,7 @@ def mlm(
             [-100,    7, -100]])
     """
     check_int("vocab_size", vocab_size, 2)
-    spared = sorted({mask_id, *special_ids})
+    spared = sorted({mask_id, pad_id, *special_ids})
     for token in spared:
         if not isinstance(token, int) or not 0 <= token < vocab_size:
             raise ConfigError("A special token is out of range.", expected=f"ids in [0, {vocab_size})", got=repr(token))
@@ -119,9 +119,7 @@ def mlm(
     if isinstance(probability, bool) or not isinstance(probability, (int, float)) or not 0 < probability <= 1:
         raise ConfigError("probability is out of range.", expected="a number in (0, 1]", got=repr(probability))
     pad = text(side=side, pad_id=pad_id, ignore_index=ignore_index, multiple_of=multiple_of, max_length=max_length)
-    mask = partial(
-        _mask, mask_id=mask_id, size=vocab_size, spared=spared, probability=probability, ignore=ignore_index, pad=pad_id
-    )
+    mask = partial(_mask, mask_id=mask_id, size=vocab_size, spared=spared, probability=probability, ignore=ignore_index)
     return Collator(stack=pad.stack, finish=mask, draws=True)
 
 
@@ -224,9 +222,7 @@ def _numbers(name: str, value: Any) -> Tensor:
         ) from error
 
 
-def _mask(
-    batch: Batch, *, mask_id: int, size: int, spared: list[int], probability: float, ignore: int, pad: int
-) -> Batch:
+def _mask(batch: Batch, *, mask_id: int, size: int, spared: list[int], probability: float, ignore: int) -> Batch:
     if isinstance(batch, Tensor):
         batch = {"input_ids": batch}
     found = [name for name in TARGET_NAMES if isinstance(batch, dict) and name in batch]
