@@ -89,8 +89,8 @@ def mlm(
 
     Of the tokens, each is chosen with ``probability``; of the chosen ones, 80 % become ``mask_id``, 10 % a random
     token and 10 % stay. ``labels`` hold the chosen tokens, and ``ignore_index`` elsewhere. ``pad_id``, ``mask_id`` and
-    ``special_ids`` are never chosen, nor drawn. The draws come from PyTorch's global generator, which the loader seeds for each
-    batch: a batch is the same whenever it is asked for, and another one in the next epoch.
+    ``special_ids`` are never chosen, nor drawn. The draws come from PyTorch's global generator, which the loader seeds
+    for each batch: a batch is the same whenever it is asked for, and another one in the next epoch.
 
     Args:
         mask_id: token id of the mask.
