@@ -124,7 +124,7 @@ def test_options_out_of_range(options: Any) -> None:
 
 
 def test_ragged_lists_without_a_collator_name_the_one_that_takes_them() -> None:
-    items = [{"input_ids": [1, 2, 3]}, {"input_ids": [4]}]
+    items = [{"input_ids": [1, 2, 3]}, {"input_ids": [4, 5]}]
     with pytest.raises(DataError, match='collate="text"') as caught:
         trainfn.fit(Tiny(), items, loss="language_modeling", max_steps=1, batch_size=2, progress=False, shuffle=False)
     assert caught.value.where == "field input_ids, batch 0, examples [0, 1]"
@@ -135,7 +135,7 @@ def test_ragged_lists_without_a_collator_name_the_one_that_takes_them() -> None:
     result = trainfn.fit(
         Tiny(), items, loss="language_modeling", collate="text", max_steps=1, batch_size=2, progress=False
     )
-    assert result.history[-1]["weight"] == 2
+    assert result.history[-1]["weight"] == 3
 
 
 # --- masked tokens

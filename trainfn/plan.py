@@ -25,6 +25,7 @@ from trainfn.step import Step, make_step, surroundings
 from trainfn.store import Manifest, Retention, clean, writing
 from trainfn.task import Intake, TaskSpec, TrainConfig, take_in
 from trainfn.task.config import make_config
+from trainfn.task.guard import guarding
 from trainfn.tree import batch_length, describe, map_leaves
 
 _ARGUMENTS = ("loss", "task", "val_data", "metrics", "optimizer", "collate", "observers", "on_signal")
@@ -168,7 +169,8 @@ def decide(
         model, optimizer, seed=config.seed, ema=config.ema is not None, precision=config.precision, device=device
     )
     check_precision(model, config.precision)
-    first = _first_loss(step, state, to_device(loader.batch(0), device))
+    looked_at = {"data": loader} | ({} if val_loader is None else {"val_data": val_loader})
+    first = _first_loss(step, state, to_device(loader.batch(0), device), looked_at if config.check_data else {})
     record: dict[str, Any] = {
         "config": config.to_json()
         | {"loss": taken.loss_name or _name(loss), "stop": stop}
@@ -274,15 +276,19 @@ def _metrics(metrics: Sequence[str | Metric], loss: str | Loss, val_data: object
     return found
 
 
-def _first_loss(step: Step, state: TrainState, batch: Batch) -> LossSum:
+def _first_loss(step: Step, state: TrainState, batch: Batch, loaders: dict[str, Loader]) -> LossSum:
     """Run the first micro-batch through model and loss, so that what does not fit is found before any work is done."""
     batch_length(batch)
     part = micro_batches(batch, step.accumulate)[0]
     buffers = {name: buffer.clone() for name, buffer in state.buffers.items()}
     try:
-        with surroundings(step.model, state, training=True), torch.no_grad():
+        with (
+            surroundings(step.model, state, training=True),
+            torch.no_grad(),
+            guarding(step.model, step.strategy, part, loaders),
+        ):
             found = step.loss(state.params, buffers, part)
-    except (TrainfnError, torch.OutOfMemoryError):
+    except (TrainfnError, torch.OutOfMemoryError, Warning):
         raise
     except Exception as error:
         text = str(error).strip().splitlines()[0] if str(error).strip() else ""
