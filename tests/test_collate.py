@@ -332,7 +332,10 @@ def test_a_table_is_rows_of_its_columns() -> None:
     with pytest.raises(DataError, match="did you mean 'a'"):
         collator("table", columns=["aa"])(rows)
     with pytest.raises(DataError, match="one number a row"):
-        collator("table")([{"a": [1, 2], "y": 0}])
+        collator("table", columns=["a"])([{"a": [1, 2], "y": 0}])
+    with pytest.raises(DataError, match="one number a row"):
+        collator("table")([{"a": "word", "y": 0}])
+    assert collator("table")([{"a": [1, 2], "y": 0}])["a"].tolist() == [[1, 2]]
     with pytest.raises(DataError, match="one target"):
         collator("table")([{"a": 1, "y": 0, "label": 0}])
 

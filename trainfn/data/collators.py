@@ -25,7 +25,7 @@ def table(*, columns: list[str] | tuple[str, ...] | None = None) -> Collator:
     """Return the collator that makes one row of numbers of an item's columns: ``features``, float32 [B, columns].
 
     An item is a dict of numbers, one of which may be the target; it is called ``labels`` in the batch. A dict of whole
-    columns [N] is treated likewise.
+    columns [N] is treated likewise. Where an input is a row of numbers already, a batch is left as it is.
 
     Args:
         columns: which ones are features, in this order; None for all but the target, in the order of their names.
@@ -133,9 +133,10 @@ def choose_collator(
 def _columns(batch: Batch, *, columns: tuple[str, ...] | None) -> Batch:
     if not isinstance(batch, Mapping):
         return batch  # (X, y): the rows are there
-    if "features" in batch and columns is None:
-        return batch
     targets = {name: batch[name] for name in TARGET_NAMES if name in batch}
+    inputs = [value for name, value in batch.items() if name not in targets]
+    if columns is None and any(isinstance(value, Tensor) and value.ndim != 1 for value in inputs):
+        return batch  # likewise
     if len(targets) > 1:
         raise DataError("A table has one target.", expected="one of its columns", got=", ".join(targets))
     names = sorted(set(batch) - set(targets)) if columns is None else columns
