@@ -83,10 +83,10 @@ class ImageFolder:
     draws = False
 
     def __init__(self, folder: str | Path, *, size: tuple[int, int] | None = None, mode: str = "RGB") -> None:
-        _pillow()
         root = Path(folder)
         if not root.is_dir():
             raise DataError("There is no such folder.", where=str(folder))
+        _pillow()
         if mode not in ("RGB", "L"):
             raise ConfigError("There is no such mode.", expected="'RGB' or 'L'", got=repr(mode))
         if size is not None and (len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size)):

@@ -91,9 +91,9 @@ def load_tokenizer(path: str | Path) -> Any:
     trainfn.errors.DataError: There is no such file.
       where: nowhere.json
     """
-    tokenizers = _tokenizers("load_tokenizer")
     if not Path(path).is_file():
         raise DataError("There is no such file.", where=str(path))
+    tokenizers = _tokenizers("load_tokenizer")
     try:
         return tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the package raises bare Exceptions
@@ -112,9 +112,12 @@ def train_bpe(texts: Iterable[str], *, vocab_size: int, special_tokens: Sequence
         MissingPackageError: ``tokenizers`` is not installed.
         ConfigError: ``vocab_size`` is too small.
 
-    >>> tokenizer = train_bpe(["to be or not to be"] * 9, vocab_size=270, special_tokens=["<pad>"])
-    >>> tokenizer.decode(tokenizer.encode("to be").ids), tokenizer.token_to_id("<pad>")
-    ('to be', 0)
+    >>> train_bpe(["to be or not to be"], vocab_size=100)
+    Traceback (most recent call last):
+        ...
+    trainfn.errors.ConfigError: vocab_size is out of range.
+      expected: an int >= 256
+      got: 100
     """
     check_int("vocab_size", vocab_size, 256 + len(special_tokens))
     tokenizers = _tokenizers("train_bpe")
