@@ -12,6 +12,7 @@ pack of its own, in its own shape. Frozen parameters stay where they are. Counte
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any
 
@@ -24,7 +25,7 @@ from trainfn.grad import Gradients
 from trainfn.optim.transform import Predicate, Transform, bound
 from trainfn.precision import LossScale
 from trainfn.state import Buffers, Params, TrainState, trainable
-from trainfn.tree import Tree, evolve, map_leaves, map_named, named_leaves, record
+from trainfn.tree import Tree, evolve, leaf_norms, map_leaves, map_named, named_leaves, record, row_norms
 
 _ALIGNMENT = 64  # bytes: a cache line, and what vector and tensor instructions ask for
 
@@ -74,11 +75,27 @@ class Pack:
     def name(self) -> str:
         return self.slots[0].name
 
+    @property
+    def size(self) -> int:
+        """Elements, the room between leaves included."""
+        return self.slots[-1].start + self.slots[-1].room
+
     def split(self, flat: Tensor) -> dict[str, Tensor]:
         """Return the leaves in a pack by name, as views."""
         if len(self.slots) == 1:
             return {self.name: flat}
         return {slot.name: slot.view(flat) for slot in self.slots}
+
+    def norms(self, flat: Tensor) -> list[Tensor]:
+        """Return the 2-norms of the leaves in a pack, in their order; those of one size, side by side, as one."""
+        if len(self.slots) == 1:
+            return [leaf_norms({"": flat})]
+        found, start = [], 0
+        for room, alike in itertools.groupby(self.slots, key=lambda slot: slot.room):
+            count = len(list(alike))
+            found.append(row_norms(flat[start : start + count * room].view(count, room)))
+            start += count * room
+        return found
 
     def join(self, leaves: Mapping[str, Tensor]) -> Tensor:
         """Return the pack of these leaves, in new memory if they are several; zeros fill the room between them."""
@@ -126,6 +143,9 @@ class Layout:
         self._rest = _packs(self.counters(state), lambda name: None)
         self._names, self._buffer_names = tuple(state.params), tuple(state.buffers)
         self._by_name = {pack.name: pack for pack in self._trained}
+        places = {slot.name: place for place, slot in enumerate(slot for pack in self._trained for slot in pack.slots)}
+        order = [places[name] for name in trained]
+        self._order = None if order == sorted(order) else torch.tensor(order, device=state.step.device)
         self._like = evolve(state, params={}, buffers={}, ema=None, opt=(), report=None)
 
     def pack(self, state: TrainState) -> Packed:
@@ -189,9 +209,23 @@ class Layout:
         """Return counters, loss scale and statistics by name."""
         return dict(named_leaves(_rest_of(state)))
 
+    @property
+    def trained(self) -> tuple[Pack, ...]:
+        """The packs of trained parameters."""
+        return self._trained
+
     def joined(self, found: Gradients) -> Gradients:
         """Return gradients in packs, their buffers too."""
-        return evolve(found, grads=self._joined(found.grads), buffers=_joined(self._buffers, found.buffers))
+        return self.joined_buffers(evolve(found, grads=self._joined(found.grads)))
+
+    def joined_buffers(self, found: Gradients) -> Gradients:
+        """Return gradients that are in packs with their buffers in packs, too."""
+        return evolve(found, buffers=_joined(self._buffers, found.buffers))
+
+    def norms(self, packs: Params) -> Tensor:
+        """Return the 2-norm of each gradient in packs, [trained parameters] float64, in the state's order."""
+        norms = torch.cat([part for pack in self._trained for part in pack.norms(packs[pack.name])])
+        return norms if self._order is None else norms[self._order]
 
     def written(self, after: TrainState) -> Packed:
         """Return what ``update`` returned in the form of a :class:`Packed`, leaf by leaf what a program writes."""
@@ -203,10 +237,6 @@ class Layout:
             ema=after.ema,
             rest=_joined(self._rest, self.counters(after)),
         )
-
-    def is_joined(self, name: str) -> bool:
-        """Return whether the pack of this name holds several parameters."""
-        return len(self._by_name[name].slots) > 1
 
     def split(self, packs: Params) -> Params:
         """Return what is in packs of trained parameters, by name, as views."""
@@ -272,14 +302,17 @@ def _packs(leaves: Mapping[str, Tensor], key: Callable[[str], Hashable]) -> tupl
     packs = []
     for names in groups.values():
         slots, start = [], 0
-        for name in names:
-            leaf = leaves[name]
-            each = max(1, _ALIGNMENT // leaf.element_size())
-            room = -(-leaf.numel() // each) * each
-            slots.append(Slot(name, leaf.shape, start, room))
-            start += room
+        rooms = {name: _room(leaves[name]) for name in names}
+        for name in sorted(names, key=lambda name: rooms[name]):  # of one size side by side: their norms are one loop
+            slots.append(Slot(name, leaves[name].shape, start, rooms[name]))
+            start += rooms[name]
         packs.append(Pack(tuple(slots)))
     return tuple(packs)
+
+
+def _room(leaf: Tensor) -> int:
+    each = max(1, _ALIGNMENT // leaf.element_size())
+    return -(-leaf.numel() // each) * each
 
 
 def _joined(packs: Iterable[Pack], leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
