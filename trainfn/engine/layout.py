@@ -18,7 +18,6 @@ from typing import Any
 
 import attrs
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from trainfn.grad import Gradients
@@ -75,11 +74,6 @@ class Pack:
     def name(self) -> str:
         return self.slots[0].name
 
-    @property
-    def size(self) -> int:
-        """Elements, the room between leaves included."""
-        return self.slots[-1].start + self.slots[-1].room
-
     def split(self, flat: Tensor) -> dict[str, Tensor]:
         """Return the leaves in a pack by name, as views."""
         if len(self.slots) == 1:
@@ -101,7 +95,12 @@ class Pack:
         """Return the pack of these leaves, in new memory if they are several; zeros fill the room between them."""
         if len(self.slots) == 1:
             return leaves[self.name]
-        return torch.cat([_padded(leaves[slot.name].reshape(-1), slot.room) for slot in self.slots])
+        pieces = []
+        for slot in self.slots:
+            leaf = leaves[slot.name].reshape(-1)
+            gap = slot.room - leaf.numel()
+            pieces += [leaf, leaf.new_zeros(gap)] if gap else [leaf]
+        return torch.cat(pieces)
 
 
 class Layout:
@@ -238,6 +237,10 @@ class Layout:
             rest=_joined(self._rest, self.counters(after)),
         )
 
+    def is_joined(self, name: str) -> bool:
+        """Return whether the pack of this name holds several parameters."""
+        return len(self._by_name[name].slots) > 1
+
     def split(self, packs: Params) -> Params:
         """Return what is in packs of trained parameters, by name, as views."""
         named: Params = {}
@@ -324,7 +327,3 @@ def _split(packs: Iterable[Pack], flats: Mapping[str, Tensor]) -> dict[str, Tens
     for pack in packs:
         named |= pack.split(flats[pack.name])
     return named
-
-
-def _padded(flat: Tensor, room: int) -> Tensor:
-    return flat if flat.numel() == room else F.pad(flat, (0, room - flat.numel()))

@@ -30,7 +30,7 @@ from trainfn.batch import Batch, micro_batches
 from trainfn.engine.cache import kept_programs
 from trainfn.engine.choice import SMALL
 from trainfn.engine.layout import Layout, Packed
-from trainfn.engine.sums import Sums
+from trainfn.engine.sums import summed
 from trainfn.grad import Gradients, GradientsFn, fold, make_gradients_of, make_loss
 from trainfn.precision import LossScale
 from trainfn.recompute import recomputing
@@ -100,20 +100,26 @@ class _Tensors:
 
 
 def _eager(step: Step, form: _Tensors, backend: Any) -> Program:
-    layout, update, sums = form.layout, form.update(step), Sums(form.layout)
+    layout, update = form.layout, form.update(step)
     fused = None if form.is_wide else update.optimizer.fused
 
     def program(tensors: list[Tensor], views: TrainState, batch: Batch) -> Report:
-        found = sums.fold(step.gradients, views, micro_batches(batch, step.accumulate))
+        parts = micro_batches(batch, step.accumulate)
+        found = summed(layout, step.gradients, views, parts)
         with torch.no_grad():
             found, norms = layout.joined_buffers(found), layout.norms(found.grads)
             if fused is None:
                 return form.apply(update, tensors, found, norms)
             state = layout.packs(form.packed(tensors))
             decision = update.decide(state, found, norms)
-            applied = decision.applied
-            factor = torch.where(applied, decision.factor, 0.0)  # a NaN would stay between the leaves of a pack
-            fused(state.params, _scaled(sums, found.grads, factor, state.params), state.opt, state.step, applied)
+            applied, factor = decision.applied, decision.factor
+            # What was joined or added up is in memory of our own. What was not may be anyone's: a backward may return
+            # the batch itself.
+            grads = {}
+            for name, grad in found.grads.items():
+                scaled = _scaled(grad, factor, in_place=len(parts) > 1 or layout.is_joined(name))
+                grads[name] = scaled.to(state.params[name].dtype)
+            fused(state.params, grads, state.opt, state.step, applied)
             if state.ema is not None:
                 share = torch.where(applied, update.average_share(state.step), 0.0)
                 for name, mean in state.ema.items():
@@ -175,7 +181,7 @@ def _split(step: Step, form: _Tensors, backend: Any) -> Program:
 
 def _in_two(step: Step, form: _Tensors, backend: Any, gradients: GradientsFn) -> Program:
     """Return the program that takes gradients by one of its own, joins them, and compiles the update."""
-    layout, update, sums = form.layout, form.update(step), Sums(form.layout)
+    layout, update = form.layout, form.update(step)
 
     def finish(tensors: list[Tensor], found: Gradients) -> Report:
         return form.apply(update, tensors, layout.joined_buffers(found), layout.norms(found.grads))
@@ -183,22 +189,15 @@ def _in_two(step: Step, form: _Tensors, backend: Any, gradients: GradientsFn) ->
     finishing = _compiled(finish, form, backend)
 
     def program(tensors: list[Tensor], views: TrainState, batch: Batch) -> Report:
-        report: Report = finishing(tensors, sums.fold(gradients, views, micro_batches(batch, step.accumulate)))
+        report: Report = finishing(tensors, summed(layout, gradients, views, micro_batches(batch, step.accumulate)))
         return report
 
     return program
 
 
-def _scaled(sums: Sums, found: Params, factor: Tensor, params: Params) -> Params:
-    """Return gradients times ``factor`` in the parameters' dtypes.
-
-    Those in memory of our own are multiplied there. The others may be anyone's: a backward may return the batch itself.
-    """
-    scaled = {}
-    for name, grad in found.items():
-        share = factor.to(grad.dtype)
-        scaled[name] = (grad.mul_(share) if sums.own(grad) else grad * share).to(params[name].dtype)
-    return scaled
+def _scaled(grad: Tensor, factor: Tensor, *, in_place: bool) -> Tensor:
+    share = factor.to(grad.dtype)
+    return grad.mul_(share) if in_place else grad * share
 
 
 def _copy(old: Tensor, new: Tensor) -> None:
