@@ -158,15 +158,13 @@ class Layout:
                 ema=None if state.ema is None else self._joined(state.ema),
                 rest=_joined(self._rest, self.counters(state)),
             )
-            return self.copy(packed)
+            given = {id(leaf) for _, leaf in named_leaves(state)}
+            return _own(packed, lambda leaf: leaf.detach().clone() if id(leaf) in given else leaf)
 
     def copy(self, packed: Packed) -> Packed:
         """Return the packs in new memory, but for what is frozen."""
         with torch.no_grad():
-            made = map_leaves(lambda leaf: leaf.detach().clone(), evolve(packed, frozen={}))
-            for param in made.params.values():
-                param.requires_grad_()
-            return evolve(made, frozen=packed.frozen)
+            return _own(packed, lambda leaf: leaf.detach().clone())
 
     def inputs(self, packed: Packed) -> tuple[Params, Buffers, LossScale | None]:
         """Return what the forward and backward read: parameters and buffers by name, as views, and the loss scale."""
@@ -290,6 +288,13 @@ class Layout:
         return isinstance(node, dict) and all(
             isinstance(leaf, Tensor) and name in self._owners for name, leaf in node.items()
         )
+
+
+def _own(packed: Packed, own: Callable[[Tensor], Tensor]) -> Packed:
+    made = map_leaves(own, evolve(packed, frozen={}))
+    for param in made.params.values():
+        param.requires_grad_()
+    return evolve(made, frozen=packed.frozen)
 
 
 def _rest_of(state: TrainState) -> dict[str, Tree]:
