@@ -28,7 +28,7 @@ def first_step(who: str, name: str) -> None:
     torch.set_num_threads(2)
     work = WORKLOADS[name]()
     began = time.perf_counter()
-    peer = Ours(work, "graph") if who == "trainfn" else Plain(work, compiled=True)
+    peer = Ours(work, "auto") if who == "trainfn" else Plain(work, compiled=True)
     peer.loss()
     print(json.dumps(time.perf_counter() - began))
 

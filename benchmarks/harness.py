@@ -6,17 +6,21 @@ The protocol is in README.md. A *peer* is anything with ``loss()`` (take one ste
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+
+from trainfn.engine.memory import keep_pages
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -47,16 +51,30 @@ def check_equal(peers: Mapping[str, Peer], *, steps: int = 5, tolerance: float =
                 raise SystemExit(f"{name} does other work: losses {found}, expected {reference}")
 
 
-def measure(peers: Mapping[str, Peer], *, rounds: int, steps: Mapping[str, int] | int) -> dict[str, list[float]]:
-    """Return microseconds per step of each peer, one number a round; in each round every peer has its turn."""
+def measure(
+    peers: Mapping[str, Peer], *, rounds: int, steps: Mapping[str, int] | int, same_allocator: bool = False
+) -> dict[str, list[float]]:
+    """Return microseconds per step of each peer, one number a round; in each round every peer has its turn.
+
+    The engine asks the C library to keep freed pages, for the whole process. In the turns of the others that is taken
+    back, so that each has what it would have by itself; with ``same_allocator`` all have ours.
+    """
     found: dict[str, list[float]] = {name: [] for name in peers}
     for number in range(rounds + 1):
         for name, peer in peers.items():
+            keep_pages() if same_allocator or getattr(peer, "keeps_pages", False) else _give_pages_back()
             count = steps if isinstance(steps, int) else steps[name]
             seconds = peer.run(count)
             if number:  # the first round warms up
                 found[name].append(seconds / count * 1e6)
     return found
+
+
+def _give_pages_back() -> None:
+    """Set glibc's thresholds to where they go by themselves in a process that uses large tensors."""
+    if sys.platform.startswith("linux") and hasattr(ctypes.CDLL(None), "mallopt"):
+        ctypes.CDLL(None).mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at its greatest
+        ctypes.CDLL(None).mallopt(-1, 64 << 20)  # M_TRIM_THRESHOLD, twice that
 
 
 def summary(found: Mapping[str, list[float]], ours: str) -> list[dict[str, Any]]:

@@ -19,7 +19,14 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-OURS = ("trainfn eager", "trainfn graph", "trainfn split", "trainfn split, checkpoint", "trainfn eager, checkpoint")
+OURS = (
+    "trainfn eager",
+    "trainfn graph",
+    "trainfn accum",
+    "trainfn split",
+    "trainfn split, checkpoint",
+    "trainfn eager, checkpoint",
+)
 PEERS = ("eager", "compiled model")
 
 

@@ -22,6 +22,8 @@ LR, DECAY, CLIP, EMA = 1e-3, 0.01, 1.0, 0.999
 class Ours:
     """``trainfn.compile(step)``, donating, as ``fit`` runs it."""
 
+    keeps_pages = True
+
     def __init__(
         self,
         work: Workload,
@@ -31,7 +33,8 @@ class Ours:
         batch: Any = None,
         device: str = "cpu",
         precision: str = "32-true",
-        cuda_graph: Any = "auto",
+        cuda_graph: Any = False,
+        backend: Any = "inductor",
     ) -> None:
         model, optimizer = work.model().to(device), trainfn.optim.adamw(LR, weight_decay=DECAY)
         plain = trainfn.make_step(
@@ -43,7 +46,7 @@ class Ours:
             accumulate=accumulate,
             precision=precision,
         )
-        self.step = trainfn.compile(plain, mode=mode, donate=True, cuda_graph=cuda_graph)
+        self.step = trainfn.compile(plain, mode=mode, donate=True, cuda_graph=cuda_graph, backend=backend)
         self.state = trainfn.init(model, optimizer, ema=True, precision=precision)
         self.batch = tuple(each.to(device) for each in batch or work.batch)
 

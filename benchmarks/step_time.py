@@ -14,8 +14,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", nargs="+", default=["C1", "C3", "C4", "C4b"])
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--modes", nargs="+", default=["graph", "split"])
+    parser.add_argument("--modes", nargs="+", default=["graph", "accum", "eager"])
     parser.add_argument("--trainers", action="store_true", help="Lightning, Hugging Face's Trainer and Accelerate, too")
+    parser.add_argument("--same-allocator", action="store_true", help="the C library keeps pages for all, as for us")
     args = parser.parse_args()
     if args.threads == 1 and hasattr(os, "sched_setaffinity"):  # before anything counts the cores: JAX does
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
@@ -36,8 +37,10 @@ def main() -> None:
         except ImportError:
             print("JAX is not installed: left out")
         check_equal(peers)
-        rows = summary(measure(peers, rounds=args.rounds, steps=work.steps), f"trainfn {args.modes[0]}")
+        found = measure(peers, rounds=args.rounds, steps=work.steps, same_allocator=args.same_allocator)
+        rows = summary(found, f"trainfn {args.modes[0]}")
         kind = f"{name}-trainers" if args.trainers else name
+        kind += "-same-allocator" if args.same_allocator else ""
         record(f"step-{kind}", rows, work=name, rounds=args.rounds, steps=work.steps)
 
 

@@ -310,7 +310,7 @@ def test_what_is_on_the_host_is_named(monkeypatch: pytest.MonkeyPatch, asked: An
     device = StandIn()
     device.device = torch.device("meta")
     if asked is True:
-        with pytest.raises(CompileError, match=r"not on meta: state.params.embedding.weight"):
+        with pytest.raises(CompileError, match=r"not on meta: state.params.norm.weight"):
             run(monkeypatch, SETUPS["plain"], "eager", device)
         return
     _, _, step = run(monkeypatch, SETUPS["plain"], "eager", device, asked=asked)

@@ -84,7 +84,7 @@ def test_metrics_that_do_not_fit_are_answered_before_the_first_step(settings: An
 # --- totals -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("compile", ["eager", "graph"])
+@pytest.mark.parametrize("compile", ["eager", pytest.param("graph", marks=pytest.mark.slow)])
 def test_totals_of_the_run(compile: Any, tmp_path: Path) -> None:
     labels = torch.where(torch.arange(50) % 5 == 0, -100, Y)
     settings = {"data": (X, labels), "batch_size": 5, "accumulate": 2, "compile": compile}

@@ -16,11 +16,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from trainfn.batch import Batch
 from trainfn.errors import ModelError
-from trainfn.forward import make_arguments
+from trainfn.forward import make_apply, make_arguments
 from trainfn.loss import Loss, LossSum, as_loss_sum, low_precision_safe
 from trainfn.precision import LossScale, backward_unit, cast, lowered
 from trainfn.precision import resolve as resolve_precision
@@ -68,7 +67,7 @@ def make_forward(model: nn.Module, precision: str = "32-true", checkpoint: Seque
     changed in the dict given. The modules named in ``checkpoint`` are recomputed in the backward; under a compiler it
     is the caller who says so, by :func:`trainfn.recompute.recomputing` around the program.
     """
-    arguments = make_arguments(model)
+    arguments, apply_to = make_arguments(model), make_apply(model)
     dtype = resolve_precision(precision).compute
     low = lowered(model) if dtype is not None else frozenset()
 
@@ -77,7 +76,7 @@ def make_forward(model: nn.Module, precision: str = "32-true", checkpoint: Seque
         whole = params | buffers
         tensors = {name: cast(tensor, dtype) if name in low else tensor for name, tensor in whole.items()}
         with recomputing(model, checkpoint) if checkpoint and not torch.compiler.is_compiling() else nullcontext():
-            outputs = functional_call(model, tensors, args, kwargs, tie_weights=True)
+            outputs = apply_to(tensors, args, kwargs)
         for name, old in buffers.items():
             new = tensors[name]  # a forward may also put a new tensor in a buffer's place
             if new.dtype != old.dtype:  # lowered: what has not changed keeps all its digits

@@ -142,7 +142,9 @@ class Update:
             return None
         share = self.average_share(state.step)
         moved = {
-            name: torch.lerp(mean, new[name].to(mean.dtype), share.to(mean.dtype)) for name, mean in state.ema.items()
+            # Not by lerp, which compares the share with 1/2 for every element.
+            name: mean + share.to(mean.dtype) * (new[name].to(mean.dtype) - mean)
+            for name, mean in state.ema.items()
         }
         return select(applied, moved, state.ema)
 

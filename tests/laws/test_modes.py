@@ -68,7 +68,7 @@ def check_agree(found: TrainState, right: TrainState, dtype: torch.dtype) -> Non
         assert found.params[name].dtype == param.dtype
 
 
-@settings(few, max_examples=5)
+@settings(few, max_examples=3)
 @given(setups(mlps(dropout=False) | language_models(dropout=False)), st.sampled_from(["eager", "aot_eager"]))
 def test_graph_agrees_with_eager_and_donation_is_bitwise(setup: Setup, backend: str) -> None:
     reference = run(setup, "eager")
@@ -79,7 +79,7 @@ def test_graph_agrees_with_eager_and_donation_is_bitwise(setup: Setup, backend: 
 
 
 @pytest.mark.parametrize("mode", ["accum", "split"])
-@settings(few, max_examples=4)
+@settings(few, max_examples=2)
 @given(setups(mlps(dropout=False) | language_models(dropout=False)), st.sampled_from(["eager", "aot_eager"]))
 def test_two_programs_agree_with_eager_and_donation_is_bitwise(mode: Mode, setup: Setup, backend: str) -> None:
     kept = run(setup, mode, backend=backend)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import torch
@@ -19,13 +19,14 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from trainfn.data.collators import Collate
 from trainfn.data.order import order
-from trainfn.data.source import Batch, Source, is_function, make_source
+from trainfn.data.source import Batch, Source, Tensors, is_function, make_source
 from trainfn.errors import ConfigError, TrainfnError
-from trainfn.tree import digest, map_leaves
+from trainfn.tree import digest, map_leaves, named_leaves, split
 
 # The order is computed for a block of batches at a time: about this many positions, at most this many batches.
 _BLOCK_POSITIONS = 16_384
 _BLOCK_BATCHES = 512
+_GATHERED_BYTES = 2**18  # of a CPU's second-level cache: the batches of tensors that are gathered at a time
 
 
 class Loader:
@@ -108,13 +109,8 @@ class Loader:
         tensor([8, 9])
         """
         _check(cursor=(cursor, 0))
-        number, row = divmod(cursor, self._block_batches)
-        held, block = self._block
-        if held != number:
-            block = self._make_block(number)
-            self._block = (number, block)
-        first = cursor % self.batches_per_epoch * self.batch_size
-        return block[row, : self.examples - first].clone()
+        block, row = self._find(cursor)
+        return block[row, : self._examples_in(cursor)].clone()
 
     def batch(self, cursor: int) -> Batch:
         """Return batch ``cursor``, fetched in this process.
@@ -160,6 +156,33 @@ class Loader:
         few = sorted({0, self.examples // 2, self.examples - 1})
         return digest({"examples": self.examples, "few": self._source.sample(few)})[:16]
 
+    def _gathered(self, numbers: range) -> Iterator[Batch]:
+        """Yield batches of tensors, views of several that are gathered at a time: a call costs more than a few rows."""
+        start = numbers.start
+        while start < numbers.stop:
+            first = self.batch(start)
+            yield first
+            size = sum(leaf.numel() * leaf.element_size() for _, leaf in named_leaves(first))
+            block, row = self._find(start + 1)
+            # Full ones of one block of the order; a short one is a first one.
+            most = min(_GATHERED_BYTES // max(size, 1), block.shape[0] - row, numbers.stop - start - 1)
+            count = next((k for k in range(most) if self._examples_in(start + 1 + k) < self._width), most)
+            if count > 0:
+                indices = block[row : row + count].reshape(-1)
+                whole = self._source.fetch(indices, seed=self.seed, cursor=start + 1)
+                yield from split(whole, [self._width] * count)
+            start += 1 + max(count, 0)
+
+    def _examples_in(self, cursor: int) -> int:
+        return min(self._width, self.examples - cursor % self.batches_per_epoch * self.batch_size)
+
+    def _find(self, cursor: int) -> tuple[Tensor, int]:
+        """Return the block of the order that batch ``cursor`` is in, and its row there."""
+        number, row = divmod(cursor, self._block_batches)
+        if self._block[0] != number:
+            self._block = (number, self._make_block(number))
+        return self._block[1], row
+
     def _make_block(self, number: int) -> Tensor:
         """Return the examples of a block of batches, (batches, width); the row of a short batch ends in repetitions."""
         first = number * self._block_batches
@@ -173,7 +196,7 @@ class Loader:
 
     def _stream(self, numbers: range) -> Generator[Batch, None, None]:
         if not self.workers and not self.pin:  # a DataLoader's own work, 50 us a batch, is of no use then
-            yield from map(self.batch, numbers)
+            yield from self._gathered(numbers) if isinstance(self._source, Tensors) else map(self.batch, numbers)
             return
         parcels = iter(
             DataLoader(

@@ -1,4 +1,4 @@
-"""``compile``: the same step, as one program, and optionally written into the state it was given.
+"""``compile``: the same step, as one program or two, and optionally written into the state it was given.
 
 Modes: ``eager`` compiles nothing, and updates by PyTorch's fused kernels; ``graph`` compiles forward, backward,
 clipping, health check, optimizer and EMA as one program; ``accum`` and ``split`` compile two
@@ -60,7 +60,8 @@ def compile(
     Args:
         step: from :func:`trainfn.make_step`.
         mode: ``"graph"``, ``"accum"``, ``"split"``, ``"eager"``, or ``"auto"``, which chooses from the device, the
-            accumulation and ``steps``. If the model cannot be compiled, ``auto`` says so and goes on in ``eager``.
+            size of the model, what it accumulates and recomputes, and ``steps``. If the model cannot be compiled,
+            ``auto`` says so and goes on in ``eager``.
         donate: write the new state into the old one's memory. The old state is consumed: any use of it raises.
         cuda_graph: replay the step as one CUDA graph (:mod:`trainfn.engine.cudagraph`): ``"auto"`` where a few steps
             timed both ways show that it is faster, True always, False never. It needs donated states on a GPU. Not the

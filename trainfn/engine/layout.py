@@ -12,19 +12,19 @@ pack of its own, in its own shape. Frozen parameters stay where they are. Counte
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any
 
 import attrs
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from trainfn.grad import Gradients
 from trainfn.optim.transform import Predicate, Transform, bound
 from trainfn.precision import LossScale
 from trainfn.state import Buffers, Params, TrainState, trainable
-from trainfn.tree import Tree, evolve, map_leaves, map_named, named_leaves, record
+from trainfn.tree import Tree, evolve, leaf_norms, map_leaves, map_named, named_leaves, record, row_norms
 
 _ALIGNMENT = 64  # bytes: a cache line, and what vector and tensor instructions ask for
 
@@ -80,11 +80,27 @@ class Pack:
             return {self.name: flat}
         return {slot.name: slot.view(flat) for slot in self.slots}
 
+    def norms(self, flat: Tensor) -> list[Tensor]:
+        """Return the 2-norms of the leaves in a pack, in their order; those of one size, side by side, as one."""
+        if len(self.slots) == 1:
+            return [leaf_norms({"": flat})]
+        found, start = [], 0
+        for room, alike in itertools.groupby(self.slots, key=lambda slot: slot.room):
+            count = len(list(alike))
+            found.append(row_norms(flat[start : start + count * room].view(count, room)))
+            start += count * room
+        return found
+
     def join(self, leaves: Mapping[str, Tensor]) -> Tensor:
         """Return the pack of these leaves, in new memory if they are several; zeros fill the room between them."""
         if len(self.slots) == 1:
             return leaves[self.name]
-        return torch.cat([_padded(leaves[slot.name].reshape(-1), slot.room) for slot in self.slots])
+        pieces = []
+        for slot in self.slots:
+            leaf = leaves[slot.name].reshape(-1)
+            gap = slot.room - leaf.numel()
+            pieces += [leaf, leaf.new_zeros(gap)] if gap else [leaf]
+        return torch.cat(pieces)
 
 
 class Layout:
@@ -126,6 +142,9 @@ class Layout:
         self._rest = _packs(self.counters(state), lambda name: None)
         self._names, self._buffer_names = tuple(state.params), tuple(state.buffers)
         self._by_name = {pack.name: pack for pack in self._trained}
+        places = {slot.name: place for place, slot in enumerate(slot for pack in self._trained for slot in pack.slots)}
+        order = [places[name] for name in trained]
+        self._order = None if order == sorted(order) else torch.tensor(order, device=state.step.device)
         self._like = evolve(state, params={}, buffers={}, ema=None, opt=(), report=None)
 
     def pack(self, state: TrainState) -> Packed:
@@ -139,15 +158,13 @@ class Layout:
                 ema=None if state.ema is None else self._joined(state.ema),
                 rest=_joined(self._rest, self.counters(state)),
             )
-            return self.copy(packed)
+            given = {id(leaf) for _, leaf in named_leaves(state)}
+            return _own(packed, lambda leaf: leaf.detach().clone() if id(leaf) in given else leaf)
 
     def copy(self, packed: Packed) -> Packed:
         """Return the packs in new memory, but for what is frozen."""
         with torch.no_grad():
-            made = map_leaves(lambda leaf: leaf.detach().clone(), evolve(packed, frozen={}))
-            for param in made.params.values():
-                param.requires_grad_()
-            return evolve(made, frozen=packed.frozen)
+            return _own(packed, lambda leaf: leaf.detach().clone())
 
     def inputs(self, packed: Packed) -> tuple[Params, Buffers, LossScale | None]:
         """Return what the forward and backward read: parameters and buffers by name, as views, and the loss scale."""
@@ -189,9 +206,23 @@ class Layout:
         """Return counters, loss scale and statistics by name."""
         return dict(named_leaves(_rest_of(state)))
 
+    @property
+    def trained(self) -> tuple[Pack, ...]:
+        """The packs of trained parameters."""
+        return self._trained
+
     def joined(self, found: Gradients) -> Gradients:
         """Return gradients in packs, their buffers too."""
-        return evolve(found, grads=self._joined(found.grads), buffers=_joined(self._buffers, found.buffers))
+        return self.joined_buffers(evolve(found, grads=self._joined(found.grads)))
+
+    def joined_buffers(self, found: Gradients) -> Gradients:
+        """Return gradients that are in packs with their buffers in packs, too."""
+        return evolve(found, buffers=_joined(self._buffers, found.buffers))
+
+    def norms(self, packs: Params) -> Tensor:
+        """Return the 2-norm of each gradient in packs, [trained parameters] float64, in the state's order."""
+        norms = torch.cat([part for pack in self._trained for part in pack.norms(packs[pack.name])])
+        return norms if self._order is None else norms[self._order]
 
     def written(self, after: TrainState) -> Packed:
         """Return what ``update`` returned in the form of a :class:`Packed`, leaf by leaf what a program writes."""
@@ -259,6 +290,13 @@ class Layout:
         )
 
 
+def _own(packed: Packed, own: Callable[[Tensor], Tensor]) -> Packed:
+    made = map_leaves(own, evolve(packed, frozen={}))
+    for param in made.params.values():
+        param.requires_grad_()
+    return evolve(made, frozen=packed.frozen)
+
+
 def _rest_of(state: TrainState) -> dict[str, Tree]:
     return {"step": state.step, "scale": state.scale, "health": state.health, "stats": state.stats}
 
@@ -272,14 +310,17 @@ def _packs(leaves: Mapping[str, Tensor], key: Callable[[str], Hashable]) -> tupl
     packs = []
     for names in groups.values():
         slots, start = [], 0
-        for name in names:
-            leaf = leaves[name]
-            each = max(1, _ALIGNMENT // leaf.element_size())
-            room = -(-leaf.numel() // each) * each
-            slots.append(Slot(name, leaf.shape, start, room))
-            start += room
+        rooms = {name: _room(leaves[name]) for name in names}
+        for name in sorted(names, key=lambda name: rooms[name]):  # of one size side by side: their norms are one loop
+            slots.append(Slot(name, leaves[name].shape, start, rooms[name]))
+            start += rooms[name]
         packs.append(Pack(tuple(slots)))
     return tuple(packs)
+
+
+def _room(leaf: Tensor) -> int:
+    each = max(1, _ALIGNMENT // leaf.element_size())
+    return -(-leaf.numel() // each) * each
 
 
 def _joined(packs: Iterable[Pack], leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -291,7 +332,3 @@ def _split(packs: Iterable[Pack], flats: Mapping[str, Tensor]) -> dict[str, Tens
     for pack in packs:
         named |= pack.split(flats[pack.name])
     return named
-
-
-def _padded(flat: Tensor, room: int) -> Tensor:
-    return flat if flat.numel() == room else F.pad(flat, (0, room - flat.numel()))

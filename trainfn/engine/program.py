@@ -9,8 +9,10 @@ a step changes is written in place, which costs nothing: the compiler stores res
 |---|---|
 | ``eager`` | none is compiled: autograd, and PyTorch's fused kernels for the update |
 | ``graph`` | one: forward, backward, merging, update |
-| ``accum`` | two: gradients added to sums in place, called for each micro-batch; and the update |
+| ``accum`` | two: the gradients of a micro-batch, called for each; and the update |
 | ``split`` | two: the forward, with the backward that PyTorch's partitioner makes of it; and the update |
+
+Between two programs, gradients are joined and added up by :mod:`trainfn.engine.sums`.
 """
 
 from __future__ import annotations
@@ -26,18 +28,20 @@ from torch import Tensor
 
 from trainfn.batch import Batch, micro_batches
 from trainfn.engine.cache import kept_programs
+from trainfn.engine.choice import SMALL
 from trainfn.engine.layout import Layout, Packed
-from trainfn.grad import Gradients, fold, make_gradients_of, make_loss, merge
+from trainfn.engine.sums import summed
+from trainfn.grad import Gradients, GradientsFn, fold, make_gradients_of, make_loss
+from trainfn.precision import LossScale
 from trainfn.recompute import recomputing
 from trainfn.state import Buffers, Params, Report, TrainState
 from trainfn.step import Step
-from trainfn.tree import evolve, leaf_norms, map_leaves, named_leaves, select, widened
+from trainfn.tree import evolve, map_leaves, named_leaves, select
 from trainfn.update import Update
 
 Program = Callable[[list[Tensor], TrainState, Batch], Report]
 ProgramMode = Literal["eager", "graph", "split", "accum"]
 
-_SMALL = 200_000  # heuristic, trained parameters: below, a step is about as short as the calls it consists of
 MOST_PROGRAMS = 64  # batch shapes for which a program is kept
 
 
@@ -77,7 +81,7 @@ class _Tensors:
         size = sum(leaf.numel() for leaf in form.params.values())
         self.is_wide = any(param.dtype == torch.float64 for param in form.params.values())
         # On a CPU a wrapper in C++ takes 100 us off a call and adds seconds to a compilation: for short steps.
-        self.is_small = size <= _SMALL and all(leaf.device.type == "cpu" for leaf in leaves)
+        self.is_small = size <= SMALL and all(leaf.device.type == "cpu" for leaf in leaves)
 
     def update(self, step: Step) -> Update:
         return attrs.evolve(step.update, optimizer=self.layout.optimizer)
@@ -101,15 +105,21 @@ def _eager(step: Step, form: _Tensors, backend: Any) -> Program:
 
     def program(tensors: list[Tensor], views: TrainState, batch: Batch) -> Report:
         parts = micro_batches(batch, step.accumulate)
-        named = fold(step.gradients, views.params, views.buffers, parts, scale=views.scale)
+        found = summed(layout, step.gradients, views, parts)
         with torch.no_grad():
-            norms, found = leaf_norms(named.grads), layout.joined(named)
+            found, norms = layout.joined_buffers(found), layout.norms(found.grads)
             if fused is None:
                 return form.apply(update, tensors, found, norms)
             state = layout.packs(form.packed(tensors))
             decision = update.decide(state, found, norms)
             applied, factor = decision.applied, decision.factor
-            fused(state.params, _scaled(layout, found.grads, factor, state.params), state.opt, state.step, applied)
+            # What was joined or added up is in memory of our own. What was not may be anyone's: a backward may return
+            # the batch itself.
+            grads = {}
+            for name, grad in found.grads.items():
+                scaled = _scaled(grad, factor, in_place=len(parts) > 1 or layout.is_joined(name))
+                grads[name] = scaled.to(state.params[name].dtype)
+            fused(state.params, grads, state.opt, state.step, applied)
             if state.ema is not None:
                 share = torch.where(applied, update.average_share(state.step), 0.0)
                 for name, mean in state.ema.items():
@@ -129,8 +139,8 @@ def _graph(step: Step, form: _Tensors, backend: Any) -> Program:
 
     def whole(tensors: list[Tensor], batch: Batch) -> Report:
         params, buffers, scale = layout.inputs(form.packed(tensors))
-        found = fold(step.gradients, params, buffers, micro_batches(batch, step.accumulate), scale=scale)
-        return form.apply(update, tensors, layout.joined(found), leaf_norms(found.grads))
+        found = layout.joined(fold(step.gradients, params, buffers, micro_batches(batch, step.accumulate), scale=scale))
+        return form.apply(update, tensors, found, layout.norms(found.grads))
 
     compiled = _compiled(whole, form, backend)
 
@@ -142,93 +152,52 @@ def _graph(step: Step, form: _Tensors, backend: Any) -> Program:
 
 
 def _accum(step: Step, form: _Tensors, backend: Any) -> Program:
-    layout, update = form.layout, form.update(step)
+    def one(params: Params, buffers: Buffers, batch: Batch, scale: LossScale | None) -> Gradients:
+        return step.gradients(params, buffers, batch, scale=scale)
 
-    def begin(tensors: list[Tensor], sums: Gradients, batch: Batch) -> None:
-        params, buffers, scale = layout.inputs(form.packed(tensors))
-        _write(sums, layout.joined(step.gradients(params, buffers, batch, scale=scale)))
+    compiled = _compiled(one, form, backend)
 
-    def add(tensors: list[Tensor], sums: Gradients, batch: Batch) -> None:
-        params, _, scale = layout.inputs(form.packed(tensors))
-        found = step.gradients(params, layout.split_buffers(sums.buffers), batch, scale=scale)
-        _write(sums, merge(sums, layout.joined(found)))
+    def gradients(params: Params, buffers: Buffers, batch: Batch, /, scale: LossScale | None = None) -> Gradients:
+        found: Gradients = compiled(params, buffers, batch, scale)
+        return found
 
-    def finish(tensors: list[Tensor], sums: Gradients) -> Report:
-        own = evolve(sums, weight=sums.weight.clone())  # the report says the weight, and sums are written again
-        return form.apply(update, tensors, own, leaf_norms(layout.split(sums.grads)))
-
-    beginning, adding, finishing = (_compiled(fn, form, backend) for fn in (begin, add, finish))
-    # Kept from step to step: memory that is new each time costs more, page by page, than the sums in it.
-    kept: list[Gradients] = []
-
-    def program(tensors: list[Tensor], views: TrainState, batch: Batch) -> Report:
-        if not kept:
-            kept.append(_room(form.packed(tensors)))
-        first, *rest = micro_batches(batch, step.accumulate)
-        beginning(tensors, kept[0], first)
-        for part in rest:
-            adding(tensors, kept[0], part)
-        report: Report = finishing(tensors, kept[0])
-        return report
-
-    return program
+    return _in_two(step, form, backend, gradients)
 
 
 def _split(step: Step, form: _Tensors, backend: Any) -> Program:
-    layout, update = form.layout, form.update(step)
     loss = make_loss(step.model, step.strategy, step.precision, step.checkpoint)
 
     def forward(params: Params, buffers: Buffers, batch: Batch) -> Any:
         return loss(params, buffers, batch)
 
-    def finish(tensors: list[Tensor], found: Gradients) -> Report:
-        return form.apply(update, tensors, layout.joined(found), leaf_norms(found.grads))
+    program = _in_two(step, form, backend, make_gradients_of(_compiled(forward, form, backend)))
 
-    gradients = make_gradients_of(_compiled(forward, form, backend))
+    def recomputed(tensors: list[Tensor], views: TrainState, batch: Batch) -> Report:
+        with recomputing(step.model, step.checkpoint):
+            return program(tensors, views, batch)
+
+    return recomputed if step.checkpoint else program
+
+
+def _in_two(step: Step, form: _Tensors, backend: Any, gradients: GradientsFn) -> Program:
+    """Return the program that takes gradients by one of its own, joins them, and compiles the update."""
+    layout, update = form.layout, form.update(step)
+
+    def finish(tensors: list[Tensor], found: Gradients) -> Report:
+        return form.apply(update, tensors, layout.joined_buffers(found), layout.norms(found.grads))
+
     finishing = _compiled(finish, form, backend)
 
     def program(tensors: list[Tensor], views: TrainState, batch: Batch) -> Report:
-        parts = micro_batches(batch, step.accumulate)
-        with recomputing(step.model, step.checkpoint):
-            found = fold(gradients, views.params, views.buffers, parts, scale=views.scale)
-        report: Report = finishing(tensors, found)
+        report: Report = finishing(tensors, summed(layout, gradients, views, micro_batches(batch, step.accumulate)))
         return report
 
     return program
 
 
-def _scaled(layout: Layout, found: Params, factor: Tensor, params: Params) -> Params:
-    """Return gradients times ``factor`` in the parameters' dtypes.
-
-    Those that were joined are in memory of our own and are multiplied there. The others may be anyone's: a backward may
-    return the batch itself.
-    """
-    scaled = {}
-    for name, grad in found.items():
-        share = factor.to(grad.dtype)
-        scaled[name] = (grad.mul_(share) if layout.is_joined(name) else grad * share).to(params[name].dtype)
-    return scaled
-
-
-def _room(packed: Packed) -> Gradients:
-    """Return room for sums of gradients, in packs; 16-bit ones are added up in float32."""
-    home = next(iter(packed.rest.values())).device
-    wide = torch.float32 if home.type == "mps" else torch.float64
-    with torch.no_grad():
-        return Gradients(
-            grads={
-                name: torch.zeros_like(widened(param), requires_grad=False) for name, param in packed.params.items()
-            },
-            total=torch.zeros((), dtype=wide, device=home),
-            weight=torch.zeros((), dtype=wide, device=home),
-            micro_batches=torch.zeros((), dtype=torch.int64, device=home),
-            buffers={name: buffer.clone() for name, buffer in packed.buffers.items()},
-        )
-
-
-def _write(old: Gradients, new: Gradients) -> None:
-    for (_, left), (_, right) in zip(named_leaves(old), named_leaves(new), strict=True):
-        _copy(left, right)
+def _scaled(grad: Tensor, factor: Tensor, *, in_place: bool) -> Tensor:
+    share = factor.to(grad.dtype)
+    return grad.mul_(share) if in_place else grad * share
 
 
 def _copy(old: Tensor, new: Tensor) -> None:

@@ -107,14 +107,14 @@ def adam_direction(state: AdamState, scale: Tensor, step: Tensor, *, betas: tupl
         betas: decay rates that the moments were made with.
         eps: added to the root of the second moment.
     """
-    # Scalars once a step: what divides a moment is not computed for each of its elements.
-    size1 = scale / sum_of_weights(state.mu_weight, betas[0], step)
+    # Scalars once a step, and one division an element: (s1 / d1) m / (sqrt(v) / r2 + eps) with both sides times r2.
     root2 = sum_of_weights(state.nu_weight, betas[1], step).sqrt()
-    least = value_at(eps, step)
+    size = scale / sum_of_weights(state.mu_weight, betas[0], step) * root2
+    least = value_at(eps, step) * root2
     direction = {}
     for name, mu in state.mu.items():
-        denominator = state.nu[name].sqrt() / root2.to(mu.dtype) + narrow(least, mu.dtype)
-        direction[name] = size1.to(mu.dtype) * (mu / denominator)
+        denominator = state.nu[name].sqrt() + least.to(mu.dtype)
+        direction[name] = size.to(mu.dtype) * (mu / denominator)
     return direction
 
 
