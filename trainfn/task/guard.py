@@ -24,10 +24,10 @@ from trainfn.batch import TARGET_NAMES, Batch, inputs, target
 from trainfn.data import Loader
 from trainfn.errors import DataError, ModelError
 from trainfn.loss import Reading, logits_of, reading_of
-from trainfn.tree import describe, named_leaves
+from trainfn.tree import describe, map_leaves, named_leaves
 
 EXAMPLES = 256
-"""How many examples are looked at, at most eight batches of them, and half as many of the evaluation data."""
+"""How many examples are looked at, in at most eight batches."""
 
 
 class DataWarning(UserWarning):
@@ -82,19 +82,18 @@ def guarding(model: nn.Module, loss: Any, batch: Batch, loaders: dict[str, Loade
       got: 2; 1 of 3 labels looked at (0.33 of them)
       try: number the classes from 0, or give the model more outputs
     """
-    for where, loader in loaders.items():
-        _check_features(where, loader)
+    kept = {where: _check_features(where, loader) for where, loader in loaders.items()}
     reading = reading_of(loss)
     hooks = [
-        module.register_forward_pre_hook(_table_check(name, batch, loaders))
+        module.register_forward_pre_hook(_table_check(name, batch, kept))
         for name, module in model.named_modules()
         if isinstance(module, nn.Embedding)
     ]
 
     def look(module: nn.Module, args: Any, outputs: Any) -> None:
-        for where, loader in loaders.items():
+        for where, batches in kept.items():
             if reading is not None:
-                _check_targets(where, loader, outputs, reading)
+                _check_targets(where, batches, outputs, reading)
 
     hooks.append(model.register_forward_hook(look))
     try:
@@ -116,9 +115,12 @@ def sample(loader: Loader, most: int = EXAMPLES) -> Iterator[Batch]:
         yield loader.batch(cursor)
 
 
-def _check_features(where: str, loader: Loader) -> None:
+def _check_features(where: str, loader: Loader) -> list[Batch]:
+    """Look at the features of a sample; return its batches without them: all that is needed later, and little of it."""
     seen: dict[str, _Seen] = {}
+    kept = []
     for batch in sample(loader):
+        kept.append(_without_features(batch))
         positional, named = inputs(batch)
         for name, leaf in named_leaves({**{f"input {at}": each for at, each in enumerate(positional)}, **named}):
             if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim and leaf.numel():
@@ -133,9 +135,21 @@ def _check_features(where: str, loader: Loader) -> None:
                 got=found.rate("examples"),
                 hint="fill or drop missing values where the data is made; check_data=False trains on it as it is",
             )
+    return kept
 
 
-def _table_check(name: str, batch: Batch, loaders: dict[str, Loader]) -> Callable[[nn.Module, Any], None]:
+def _without_features(batch: Batch) -> Batch:
+    def kept(leaf: Any) -> Any:
+        return None if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+    if isinstance(batch, dict):
+        return {name: leaf if name in TARGET_NAMES else map_leaves(kept, leaf) for name, leaf in batch.items()}
+    if isinstance(batch, tuple) and len(batch) > 1:
+        return (*(map_leaves(kept, leaf) for leaf in batch[:-1]), batch[-1])
+    return batch
+
+
+def _table_check(name: str, batch: Batch, kept: dict[str, list[Batch]]) -> Callable[[nn.Module, Any], None]:
     def look(module: nn.Module, args: Any) -> None:
         rows, ids = int(module.num_embeddings), args[0] if args else None  # type: ignore[arg-type]
         if not isinstance(ids, Tensor) or ids.is_floating_point() or not ids.numel():
@@ -151,9 +165,9 @@ def _table_check(name: str, batch: Batch, loaders: dict[str, Loader]) -> Callabl
                     hint="if it is of positions, the sequences are too long for the model: make them shorter",
                 )
             return
-        for where, loader in loaders.items():
+        for where, batches in kept.items():
             seen = _Seen()
-            for each in sample(loader):
+            for each in batches:
                 found = _leaves(each).get(field)
                 if found is not None:
                     seen.count((found < 0) | (found >= rows), found)
@@ -181,7 +195,7 @@ def _field_of(batch: Batch, ids: Tensor) -> str | None:
     return None
 
 
-def _check_targets(where: str, loader: Loader, outputs: Any, reading: Reading) -> None:
+def _check_targets(where: str, batches: list[Batch], outputs: Any, reading: Reading) -> None:
     seen, short = _Seen(), _Seen()
     logits = None
     if reading.target != "numbers":
@@ -191,7 +205,7 @@ def _check_targets(where: str, loader: Loader, outputs: Any, reading: Reading) -
             return  # the loss will say so, or knows better
         if logits.ndim < 2 or (reading.shift and logits.ndim != 3):
             return  # likewise
-    for batch in sample(loader):
+    for batch in batches:
         labels = _labels(batch, reading)
         if labels is None:
             continue

@@ -16,7 +16,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,13 +24,12 @@ import attrs
 import torch
 from torch import Tensor
 
-from trainfn.batch import TARGET_NAMES, Batch
+from trainfn.batch import TARGET_NAMES
 from trainfn.data.collate import Collator
 from trainfn.data.collators import collator, collator_names
-from trainfn.data.images import fits
-from trainfn.errors import ConfigError, DataError, suggest
+from trainfn.errors import ConfigError, suggest
 from trainfn.loss import Loss, make
-from trainfn.tree import describe
+from trainfn.task.fields import finish, select
 
 VERSION = 1
 """The version of the form that :meth:`TaskSpec.to_json` writes."""
@@ -207,9 +206,9 @@ class TaskSpec:
             options |= {"mask_id": self.special_tokens["mask"]} if "mask" in self.special_tokens else {}
             options.setdefault("special_ids", sorted(self.special_tokens.values()))
         base = collator(name, **options)
-        select = partial(_select, inputs=self.inputs, target=self.target) if self.inputs or self.target else base.select
-        finish = partial(_finish, finish=base.finish, shapes=self.shapes) if self.shapes else base.finish
-        return attrs.evolve(base, select=select, finish=finish)
+        chosen = partial(select, inputs=self.inputs, target=self.target) if self.inputs or self.target else base.select
+        finished = partial(finish, finishing=base.finish, shapes=self.shapes) if self.shapes else base.finish
+        return attrs.evolve(base, select=chosen, finish=finished)
 
     def example(self, examples: int = 2) -> dict[str, Tensor]:
         """Return a batch of the task's form, all zeros: to try a model on, or to export it with.
@@ -310,49 +309,3 @@ def kinds() -> list[str]:
     True
     """
     return list(_KINDS)
-
-
-def _select(item: Any, *, inputs: dict[str, str], target: str | None) -> Any:
-    """Return an item, or a batch, as a dict of the named fields under the model's names, and the target as labels."""
-    if isinstance(item, Mapping):
-        missing = [name for name in (*inputs, *([target] if target else [])) if name not in item]
-        if missing:
-            raise DataError(
-                "The data has no such field.",
-                expected=", ".join(missing),
-                got=describe(dict(item)),
-                hint=suggest(missing[0], map(str, item)),
-            )
-        targets = (target,) if target else tuple(name for name in TARGET_NAMES if name in item)
-        kept = inputs or {name: name for name in item if name not in targets}
-        return {new: item[old] for old, new in kept.items()} | {
-            "labels" if name == target else name: item[name] for name in targets
-        }
-    values = list(item) if isinstance(item, tuple) else [item]
-    names = list(inputs.values())
-    if target is not None or len(values) not in (len(names), len(names) + 1):
-        raise DataError(
-            "The data has no fields by name.",
-            expected=f"a dict with {', '.join([*inputs, *([target] if target else [])])}",
-            got=f"a {type(item).__name__} of {describe(item)}",
-            hint="a tuple is given the names of inputs in order, and its last one is the target: leave target out",
-        )
-    return dict(zip([*names, "labels"], values, strict=False))
-
-
-def _finish(batch: Batch, *, finish: Callable[[Batch], Batch], shapes: dict[str, tuple[int | None, ...]]) -> Batch:
-    done = finish(batch)
-    named = done if isinstance(done, dict) else dict(enumerate(done)) if isinstance(done, tuple) else {0: done}
-    for name, shape in shapes.items():
-        found = named.get(name, named.get(0) if len(shapes) == 1 and name not in TARGET_NAMES else None)
-        if not isinstance(found, Tensor):
-            raise DataError("The task says the shape of a field that is not there.", expected=name, got=describe(done))
-        if not fits(found.shape[1:], shape):
-            raise DataError(
-                "A field does not have the shape that the task says.",
-                where=f"field {name}",
-                expected=f"{list(shape)} for each example",
-                got=str(list(found.shape[1:])),
-                hint="change the data where it is made, or the task's shapes",
-            )
-    return done
