@@ -26,7 +26,7 @@ from trainfn.store import Manifest, Retention, clean, writing
 from trainfn.task import Intake, TaskSpec, TrainConfig, take_in
 from trainfn.task.config import make_config
 from trainfn.task.guard import guarding
-from trainfn.tree import batch_length, describe, map_leaves
+from trainfn.tree import batch_length, describe, map_leaves, named_leaves
 
 _ARGUMENTS = ("loss", "task", "val_data", "metrics", "optimizer", "collate", "observers", "on_signal")
 
@@ -297,13 +297,21 @@ def _first_loss(step: Step, state: TrainState, batch: Batch, loaders: dict[str, 
             "The first batch does not go through the model and the loss.",
             where=f"{type(step.model).__name__}, a micro-batch of {describe(part)}",
             got=f"{type(error).__name__}: {text}",
-            hint="make tensors of the model's own in the dtype of what they meet (dtype=x.dtype), or use precision="
-            '"32-true"; the cause is shown above'
-            if "dtype" in text or "scalar type" in text
-            else "compare the shapes, and the ids and labels with the model's sizes; the cause is shown above",
+            hint=_remedy(text, part),
         ) from error
     check_buffers(step.model, state.buffers, buffers, step.precision)
     return found
+
+
+def _remedy(text: str, part: Batch) -> str:
+    if "dtype" not in text and "scalar type" not in text:
+        return "compare the shapes, and the ids and labels with the model's sizes; the cause is shown above"
+    if any(isinstance(leaf, Tensor) and leaf.dtype == torch.float64 for _, leaf in named_leaves(part)):
+        return 'the data is float64, as NumPy makes it, and the model is not: x.astype("float32"), x.float()'
+    return (
+        "make tensors of the model's own in the dtype of what they meet (dtype=x.dtype), or use precision="
+        '"32-true"; the cause is shown above'
+    )
 
 
 def _mode(config: TrainConfig, manifest: Manifest | None) -> Any:
