@@ -290,6 +290,7 @@ def test_a_loader_can_be_sent_to_a_fresh_process() -> None:
         ((torch.ones(3), torch.ones(4)), "0: 3, 1: 4"),
         ({"x": torch.ones(3), "y": torch.ones(4)}, "x: 3, y: 4"),
         ({"x": torch.ones(3), "y": [1, 2, 3]}, "y.0: int"),
+        ({"train": Batched(), "test": Batched()}, r"data\['train'\]"),
         ((1, 2, 3), "as a list"),
         ((), "no tensor"),
         ({"x": np.ones(3), "y": np.array(["a", "b", "c"])}, "does not hold numbers"),

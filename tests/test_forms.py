@@ -59,6 +59,9 @@ class Column:
     def to_numpy(self) -> Any:
         return self._values
 
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        return np.asarray(self._values, *args)
+
 
 class Pairs(Dataset[Any]):
     def __len__(self) -> int:

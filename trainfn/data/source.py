@@ -193,7 +193,7 @@ class Tensors:
                 f"A {type(tree).__name__} of data must hold tensors only.",
                 expected="tensors whose first dimension counts examples",
                 got=", ".join(first),
-                hint="torch.as_tensor turns arrays and numbers into tensors; pass items, one an example, as a list",
+                hint=_remedy(tree),
             )
         self._examples = batch_length(tree)
         self._tree = map_leaves(Tensor.detach, tree)
@@ -297,6 +297,14 @@ def _seeded(seed: int, cursor: int) -> Iterator[None]:
         random.setstate(python_state)
         if numpy:
             numpy.random.set_state(numpy_state)
+
+
+def _remedy(tree: Tree) -> str:
+    parts = list(tree) if isinstance(tree, dict) else []
+    sets = [name for name in parts if hasattr(type(tree[name]), "__getitems__")]
+    if sets and len(sets) == len(parts):  # a DatasetDict
+        return f"these are data sets: pass one of them, data[{sets[0]!r}], and another as val_data"
+    return "torch.as_tensor turns numbers into tensors; pass items, one an example, as a list"
 
 
 def _check_map_style(data: object) -> None:

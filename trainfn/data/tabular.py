@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -110,16 +111,21 @@ def read_frame(
     """Return a pandas ``DataFrame`` as a table.
 
     Args:
-        frame: has ``columns``, and a column for each of them under its name.
+        frame: has ``columns``, and under the name of each an array, or what NumPy makes one of.
         target, features, classes: as in :func:`read_csv`.
 
     Raises:
         DataError: a column that is not there, a cell that cannot be used; with the number of its row.
+
+    >>> class Frame(dict):  # what is used of a DataFrame
+    ...     columns = property(list)
+    >>> read_frame(Frame(wide=[1, 2], kind=["dog", "cat"]), target="kind")[0]
+    {'features': tensor([1.]), 'labels': tensor(1)}
     """
     names = [str(name) for name in frame.columns]
-    if len(frame) == 0:
+    columns = [np.asarray(frame[name]).tolist() for name in frame.columns]
+    if not columns or not columns[0]:
         raise DataError("The frame has no rows.", got=f"columns {', '.join(names)}")
-    columns = [frame[name].to_numpy().tolist() for name in frame.columns]
     rows = [(at, dict(zip(names, cells, strict=True))) for at, cells in enumerate(zip(*columns, strict=True))]
     return _table(names, rows, "row", target, features, classes)
 
