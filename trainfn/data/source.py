@@ -112,7 +112,11 @@ def is_function(data: object) -> bool:
 
 
 def whole_of(collate: Collate) -> Callable[[Batch], Batch] | None:
-    """Return what a collator does to a batch that came whole; None if it is a function of items only."""
+    """Return what a collator does to a batch that came whole; None if it is a function of items only.
+
+    >>> whole_of(list) is None
+    True
+    """
     return getattr(collate, "whole", None)
 
 
