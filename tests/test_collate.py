@@ -130,8 +130,13 @@ def test_ragged_lists_without_a_collator_name_the_one_that_takes_them() -> None:
     assert caught.value.where == "field input_ids, batch 0, examples [0, 1]"
     with pytest.raises(DataError, match="ImageFolder"):
         Loader([torch.ones(3, 4, 4), torch.ones(3, 5, 4)], batch_size=2).batch(0)
-    with pytest.raises(DataError, match="fields"):
-        Loader([{"x": 1}, {"y": 1}], batch_size=2).batch(0)
+    one, more = {"x": 1}, {"x": 1, "y": 2}
+    for unlike in ([{"x": 1}, {"y": 1}], [one, more], [more, one], [{"a": one}, {"a": more}], [(1, one), (1, more)]):
+        with pytest.raises(DataError, match="fields"):
+            Loader(unlike, batch_size=2, shuffle=False).batch(0)
+    for unlike in ([(1, 2), (1,)], [(1, (1, 2)), (1, (1,))], [torch.ones(2), 3], [{"x": one}, {"x": 3}], [1, "a"]):
+        with pytest.raises(DataError):
+            Loader(unlike, batch_size=2, shuffle=False).batch(0)
     result = trainfn.fit(
         Tiny(), items, loss="language_modeling", collate="text", max_steps=1, batch_size=2, progress=False
     )

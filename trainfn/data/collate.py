@@ -86,12 +86,35 @@ def stacked(items: list[Any]) -> Batch:
     (tensor([[1, 2],
             [3, 4]]), ('a', 'b'))
     """
-    rows = [_as_row(item) for item in items]
-    ragged = _difference(rows)
-    if ragged is not None:
-        raise ragged
-    batch = default_collate(rows)
+    rows = [_as_row(item) for item in items] if _has_numbers(items[0]) else items  # 300 us for 32 items, or 20
+    try:
+        batch = default_collate(rows) if _have_the_fields_of(rows[0], rows) else None
+    except Exception as error:
+        raise _difference([_as_row(item) for item in items]) or error from error
+    if batch is None:
+        raise _difference(rows) or AssertionError("fields differ, and do not")
     return tuple(batch) if isinstance(rows[0], tuple) and isinstance(batch, list) else batch
+
+
+def _has_numbers(item: Any) -> bool:
+    """Return whether there is a float or a list in an item."""
+    if isinstance(item, Mapping):
+        return any(map(_has_numbers, item.values()))
+    return any(map(_has_numbers, item)) if isinstance(item, tuple) else isinstance(item, (float, list))
+
+
+def _have_the_fields_of(first: Any, items: Sequence[Any]) -> bool:
+    """Return whether all items have the fields of the first; ``default_collate`` leaves out what is only in others."""
+    if isinstance(first, Mapping):
+        return all(isinstance(item, Mapping) and item.keys() == first.keys() for item in items) and all(
+            _have_the_fields_of(value, [item[name] for item in items])
+            for name, value in first.items()
+            if isinstance(value, (Mapping, tuple))
+        )
+    if isinstance(first, tuple) and any(isinstance(value, (Mapping, tuple)) for value in first):
+        same = all(isinstance(item, tuple) and len(item) == len(first) for item in items)
+        return same and all(_have_the_fields_of(value, [item[at] for item in items]) for at, value in enumerate(first))
+    return True
 
 
 def _as_row(item: Any) -> Any:
