@@ -31,6 +31,8 @@ _GATHERED_BYTES = 2**18  # of a CPU's second-level cache: the batches of tensors
 class Loader:
     """Shuffled batches of a data set, by number, going through epochs without end.
 
+    Tensors are gathered several batches ahead: what is written into them meanwhile is seen late.
+
     Args:
         data: a tensor, a tuple or dict of tensors that agree in their first dimension, or a map-style data set
             (``__len__``, ``__getitem__``). Batches keep the form.
