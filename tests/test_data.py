@@ -292,7 +292,7 @@ def test_a_loader_can_be_sent_to_a_fresh_process() -> None:
         ({"x": torch.ones(3), "y": [1, 2, 3]}, "y.0: int"),
         ((1, 2, 3), "as a list"),
         ((), "no tensor"),
-        ({"x": np.ones(3)}, "torch.as_tensor"),
+        ({"x": np.ones(3), "y": np.array(["a", "b", "c"])}, "does not hold numbers"),
         ("to be or not to be", "ByteText"),
         (b"to be", "ByteText"),
         (iter(range(3)), "stream"),

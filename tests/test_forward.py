@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trainfn.errors import ModelError
-from trainfn.forward import make_arguments
+from trainfn.forward import ForwardWarning, make_arguments
 
 
 def module(forward: Callable[..., Any]) -> nn.Module:
@@ -29,6 +29,7 @@ def any_name(**fields): ...
 def any_number(*tensors): ...
 def mixed(x, *more, scale=1, **fields): ...
 def keyword_only(x, *, mask): ...
+def attends(x, *, attn_mask=None): ...
 def positional_only(x, /): ...
 def nothing(): ...
 
@@ -38,7 +39,10 @@ GOES = [
     (one, {"x": 1, "y": 9}, (), {"x": 1}),
     (two, {"mask": 2, "x": 1, "labels": 9}, (), {"x": 1, "mask": 2}),
     (optional, {"x": 1, "mask": 2, "y": 9}, (), {"x": 1, "mask": 2}),
-    (optional, {"x": 1, "other": 2, "y": 9}, (), {"x": 1}),
+    # what describes an input, to those that take it
+    (one, {"x": 1, "attention_mask": 2, "y": 9}, (), {"x": 1}),
+    (one, {"tokens": 1, "attention_mask": 2, "position_ids": 3, "y": 9}, (), {"x": 1}),
+    (all_optional, {"tokens": 1, "attention_mask": 2, "y": 9}, (), {"input_ids": 1, "attention_mask": 2}),
     (keyword_only, {"x": 1, "mask": 2, "y": 9}, (), {"x": 1, "mask": 2}),
     (any_name, {"a": 1, "b": 2, "y": 9}, (), {"a": 1, "b": 2}),
     # the one left over belongs to the one missing
@@ -93,6 +97,42 @@ def test_what_does_not_fit_is_refused_with_both_sides_shown(forward: Callable[..
         make_arguments(module(forward))(batch)
     assert "forward(" in str(caught.value.where)
     assert "a batch of " in str(caught.value.got)
+
+
+@pytest.mark.parametrize(
+    ("forward", "batch", "near"),
+    [
+        (all_optional, {"input_ids": 1, "attn_mask": 2, "labels": 9}, "attention_mask"),
+        (hugging_face, {"input_ids": 1, "attention_masks": 2}, "attention_mask"),
+        (attends, {"x": 1, "attention_mask": 2}, "attn_mask"),
+        (mixed, {"x": 1, "scales": 2}, "scale"),
+    ],
+)
+def test_a_misspelt_field_is_refused_with_the_name_that_is_meant(
+    forward: Callable[..., Any], batch: Any, near: str
+) -> None:
+    arguments = make_arguments(module(forward))
+    for _ in range(2):
+        with pytest.raises(ModelError, match=f"did you mean '{near}'") as caught:
+            arguments(batch)
+        assert "forward(" in str(caught.value.where)
+        assert all(name in str(caught.value.got) for name in batch)
+
+
+@pytest.mark.parametrize(
+    ("forward", "batch", "field"),
+    [
+        (optional, {"x": 1, "other": 2, "y": 9}, "other"),
+        (hugging_face, {"input_ids": 1, "text": 2}, "text"),
+        (optional, {"x": 1, "attention_mask": 2}, "attention_mask"),
+    ],
+)
+def test_a_field_that_is_not_passed_is_warned_of_once(forward: Callable[..., Any], batch: Any, field: str) -> None:
+    arguments = make_arguments(module(forward))
+    with pytest.warns(ForwardWarning, match=f"'{field}' is not passed.*forward.*{field}: int"):
+        found = arguments(batch)
+    assert field not in found[1]
+    assert arguments(batch) == found
 
 
 class Generating(nn.Module):

@@ -48,7 +48,7 @@ def make_model(middle: nn.Module | None = None) -> nn.Module:
 def halted(model: nn.Module, data: Any = (X, Y), **settings: Any) -> DivergenceError:
     options = {"loss": "classification", "max_steps": 30, "batch_size": 10, "device": "cpu", "progress": False}
     with pytest.raises(DivergenceError) as caught:
-        trainfn.fit(model, data, **(options | settings))
+        trainfn.fit(model, data, check_data=False, **(options | settings))
     return caught.value
 
 
@@ -144,7 +144,13 @@ def test_the_error_travels_between_processes() -> None:
 def test_a_skipped_step_is_said_with_its_examples() -> None:
     with pytest.warns(HealthWarning, match=r"over batch \d+ \(examples \[.*\b7\b.*\]\), the loss is NaN or infinite"):
         trainfn.fit(
-            make_model(nn.Tanh()), spoilt(7), loss="classification", max_epochs=1, batch_size=10, progress=False
+            make_model(nn.Tanh()),
+            spoilt(7),
+            loss="classification",
+            max_epochs=1,
+            batch_size=10,
+            check_data=False,
+            progress=False,
         )
 
 
@@ -163,6 +169,7 @@ def test_the_step_to_explain_is_the_last_that_was_refused() -> None:
         shuffle=False,
         device="cpu",
         halt_after=9,
+        check_data=False,
     )
     recorder, state = Recorder(made), made.state
     for state in trainfn.run(made):
@@ -295,6 +302,7 @@ def test_who_goes_on_after_a_halt_has_a_streak_of_his_own(tmp_path: Path) -> Non
     bad, ignored = (torch.full_like(X, math.nan), Y), (X, torch.full_like(Y, -100))
     halted(make_model(nn.Tanh()), bad, out_dir=tmp_path)
     settings = {"loss": "classification", "batch_size": 10, "device": "cpu", "progress": False, "resume": "auto"}
+    settings["check_data"] = False
     assert str(halted(make_model(nn.Tanh()), bad, out_dir=tmp_path, resume="auto")).count("3 steps in a row") == 1
     made = plan(make_model(nn.Tanh()), bad, max_steps=30, out_dir=tmp_path, **settings)
     assert (made.state.cursor, int(made.state.health.streak), bool(made.state.health.halted)) == (6, 0, False)

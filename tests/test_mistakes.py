@@ -90,7 +90,15 @@ def test_logits_of_the_wrong_rank():
 
 def test_sequences_too_short_to_learn_from():
     model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5))
-    refused(DataError, "length 1", model=model, data=torch.zeros(8, 1, dtype=torch.long), loss="language_modeling")
+    refused(
+        DataError,
+        "too short",
+        "8 of 8",
+        "fewer than 2",
+        model=model,
+        data=torch.zeros(8, 1, dtype=torch.long),
+        loss="language_modeling",
+    )
 
 
 @pytest.mark.parametrize("data", [[], torch.empty(0, 4), (torch.empty(0, 4), torch.empty(0))])

@@ -18,9 +18,9 @@
 | ``per_sample`` | gradients of each example, and the gradient noise scale |
 | ``engine`` | ``compile``: the same step, fast |
 | ``diagnose`` | ``diagnose``: a step that went wrong, run again and watched |
-| ``data`` | ``order``, ``Loader``, data sets |
+| ``data`` | ``order``, ``Loader``, ``split``, data sets, collators |
 | ``store`` | checkpoints, capsules and history |
-| ``task`` | ``TrainConfig`` |
+| ``task`` | ``TrainConfig``, ``TaskSpec`` |
 | ``directory``, ``signals`` | what is continued and kept in the run directory; being told to stop |
 | ``plan``, ``header`` | what is decided before the first step, and how it is said |
 | ``evaluation``, ``observers``, ``halt`` | what measures a run, watches it, and ends it |
@@ -29,6 +29,7 @@
 """
 
 from trainfn import data, errors, loss, metric, optim, per_sample, tree
+from trainfn.data import split
 from trainfn.diagnose import Diagnosis, diagnose
 from trainfn.engine import CompiledStep, compile
 from trainfn.evaluation import evaluate
@@ -43,7 +44,7 @@ from trainfn.result import FitResult
 from trainfn.state import Health, Report, TrainState, init
 from trainfn.step import Step, make_step
 from trainfn.store import Difference, Manifest, average, diff, inspect, load, load_params, save, verify
-from trainfn.task import TrainConfig
+from trainfn.task import TaskSpec, TrainConfig
 
 __all__ = [
     "CompiledStep",
@@ -57,6 +58,7 @@ __all__ = [
     "Plan",
     "Report",
     "Step",
+    "TaskSpec",
     "TrainConfig",
     "TrainState",
     "Transform",
@@ -84,6 +86,7 @@ __all__ = [
     "replay",
     "run",
     "save",
+    "split",
     "tree",
     "verify",
 ]

@@ -7,9 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 
 from trainfn.batch import Batch, micro_batches
 from trainfn.data import Loader
+from trainfn.data.forms import read_data_loader
 from trainfn.engine import CompiledStep
 from trainfn.errors import ConfigError
 from trainfn.metric import Metric, resolve
@@ -32,7 +34,7 @@ def evaluate(
     *,
     metrics: str | Metric | Sequence[str | Metric] = (),
     batch_size: int = 32,
-    collate: Callable[[list[Any]], Batch] | None = None,
+    collate: str | Callable[[list[Any]], Batch] | None = None,
     ema: bool = False,
 ) -> dict[str, float]:
     """Return the loss over a data set: one sum over all of it, divided once by one weight; and metrics likewise.
@@ -61,6 +63,9 @@ def evaluate(
     >>> evaluate(step, state, (torch.zeros(5, 2), torch.zeros(5, dtype=torch.long)), batch_size=2)["weight"]
     5.0
     """
+    if isinstance(data, DataLoader):
+        read = read_data_loader(data)
+        data, collate = read.dataset, collate or read.collate
     loader = data if isinstance(data, Loader) else Loader(data, batch_size=batch_size, shuffle=False, collate=collate)
     if ema and state.ema is None:
         raise ConfigError("The state has no moving average.", got="ema=True", hint="init(..., ema=True)")

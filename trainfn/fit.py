@@ -28,18 +28,19 @@ from trainfn.result import FitResult, best_row, checkpoint_at
 from trainfn.signals import OnSignal, leave, listening, until_told
 from trainfn.state import TrainState
 from trainfn.store import Saver, save
-from trainfn.task import TrainConfig
+from trainfn.task import TaskSpec, TrainConfig
 
 
 def fit(
     model: nn.Module,
     data: object,
     *,
-    loss: str | Loss,
+    loss: str | Loss | None = None,
+    task: str | TaskSpec | None = None,
     val_data: object = None,
     metrics: Sequence[str | Metric] = (),
     optimizer: Transform | None = None,
-    collate: Callable[[list[Any]], Batch] | None = None,
+    collate: str | Callable[[list[Any]], Batch] | None = None,
     observers: Sequence[Observer] = (),
     on_signal: OnSignal | None = None,
     **settings: Any,
@@ -56,13 +57,19 @@ def fit(
 
     Args:
         model: any module. Its own tensors are not changed; ``result.model()`` writes the trained ones into it.
-        data: a tensor, a tuple of tensors ``(inputs, target)``, a dict of tensors, or a map-style data set.
-        loss: a registered name, or a function ``loss(outputs, batch)`` that returns a ``LossSum`` or a mean.
+        data: a tensor or NumPy array, a tuple ``(inputs, target)`` or a dict of them, a map-style data set, a
+            ``torch.utils.data.DataLoader`` (its data set, batch size, shuffling, collate function and workers are
+            read), a pandas frame with a ``task`` that says the target, or a function ``batch(index)`` with
+            ``max_steps``.
+        loss: a registered name, or a function ``loss(outputs, batch)`` that returns a ``LossSum`` or a mean. It may be
+            left out where there is a ``task``, and comes before the task's where there are both.
+        task: what kind of problem it is, by name (``"vision_classification"``) or as a :class:`trainfn.TaskSpec`: it
+            chooses what is not passed of loss, collator and metrics.
         val_data: data to evaluate on, with the same loss and weighting.
         metrics: measured on ``val_data`` besides the loss: names such as ``"accuracy"``, or values from
-            :mod:`trainfn.metric`. They are in the history as ``val_accuracy`` and so on.
+            :mod:`trainfn.metric`; those of the task if there are none. They are in the history as ``val_accuracy``.
         optimizer: a Transform; if None, AdamW that spares norms and biases its decay, with warm-up and a cosine to 0.
-        collate: makes a batch of a list of a data set's items.
+        collate: makes a batch of a list of a data set's items: a function, or the name of a collator (``"text"`` pads).
         observers: functions called with the state after every step.
         on_signal: called with the signal and the checkpoint (None without ``out_dir``) once that is safe, before the
             run ends. With it, SIGUSR1 is listened to as well; if it then returns True, the run goes on.
@@ -87,7 +94,7 @@ def fit(
     >>> result.history[-1]["loss"] < 0.2
     True
     """
-    given = (loss, val_data, metrics, optimizer, collate)
+    given = (loss, task, val_data, metrics, optimizer, collate)
     with contextlib.ExitStack() as held:
         planned = decide(held, model, data, *given, settings=settings)
         return carry_out(planned, observers, on_signal)

@@ -3,15 +3,20 @@
 The rule for arguments, in order: fields of a dict go to the parameters of the same name; if one required parameter and
 one input field are left over, they belong together; targets are passed only to a parameter that requires them (so a
 model that can compute its own loss does not compute it twice), or to ``labels`` of a model that makes its
-``decoder_input_ids`` of them. Tuples and tensors go in by position. A cache of keys and values is for generating text:
-a forward that has a ``use_cache`` is told not to make one, unless the batch says otherwise.
+``decoder_input_ids`` of them. Tuples and tensors go in by position. What describes an input (``attention_mask``,
+``token_type_ids``, ``position_ids``) is passed when it is taken; a loss may read it all the same. Any other field that
+the forward has no parameter for is warned of, and it is an error where a parameter of nearly the same name is left
+without a value: ``attn_mask`` beside ``attention_mask``. A cache of keys and values is for generating text: a forward
+that has a ``use_cache`` is told not to make one, unless the batch says otherwise.
 """
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import threading
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from trainfn.batch import Batch, inputs
+from trainfn.batch import TARGET_NAMES, Batch, inputs
 from trainfn.errors import ModelError
 from trainfn.tree import describe
 
@@ -28,7 +33,12 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 Apply = Callable[[dict[str, Tensor], tuple[Any, ...], dict[str, Any]], Any]
 """``(tensors, args, kwargs) -> outputs``."""
 
+_COMPANIONS = ("attention_mask", "token_type_ids", "position_ids")
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+class ForwardWarning(UserWarning):
+    """A field of the batch is not passed to the model."""
 
 
 def make_arguments(model: nn.Module) -> Callable[[Batch], Arguments]:
@@ -36,6 +46,9 @@ def make_arguments(model: nn.Module) -> Callable[[Batch], Arguments]:
 
     Raises:
         ModelError: (from the returned function) the batch's fields do not meet the signature; both are shown.
+
+    Warns:
+        ForwardWarning: (from the returned function) of each field that is not passed, once.
 
     >>> import torch
     >>> arguments = make_arguments(nn.Linear(2, 1))
@@ -49,6 +62,7 @@ def make_arguments(model: nn.Module) -> Callable[[Batch], Arguments]:
     by_position = [p.name for p in parameters if p.kind in _POSITIONAL]
     room = float("inf") if any(p.kind is p.VAR_POSITIONAL for p in parameters) else len(by_position)
     makes_decoder_inputs = {"labels", "decoder_input_ids"} <= set(named)
+    told: set[str] = set()
     takes_any_name = not named and any(p.kind is p.VAR_KEYWORD for p in parameters)
 
     def arguments(batch: Batch) -> Arguments:
@@ -71,11 +85,40 @@ def make_arguments(model: nn.Module) -> Callable[[Batch], Arguments]:
             kwargs["labels"] = batch["labels"]
         missing = [name for name in required if name not in kwargs]
         spare = [name for name in fields if name not in kwargs]
-        if (len(missing) == 1 and len(spare) == 1) or (not kwargs and len(spare) == 1 and len(missing) <= 1 and named):
-            kwargs[(missing or named)[0]] = fields[spare[0]]
+        lone = [name for name in spare if name not in _COMPANIONS] or spare
+        free = [name for name in named if name not in kwargs]
+        alone = not set(kwargs) - set(_COMPANIONS) and len(missing) <= 1 and free
+        if len(lone) == 1 and (len(missing) == 1 or alone):
+            kwargs[(missing or free)[0]] = fields[lone[0]]
+            spare.remove(lone[0])
         elif missing or not kwargs:
             raise mismatch(batch)
+        if spare and not torch.compiler.is_compiling():
+            leave_out([name for name in spare if name not in told], kwargs, batch)
         return (), kwargs
+
+    def leave_out(spare: Sequence[str], kwargs: dict[str, Any], batch: Batch) -> None:
+        free = [name for name in named if name not in kwargs and name not in TARGET_NAMES]
+        told.update(spare)
+        for name in spare:
+            near = difflib.get_close_matches(name, free, n=1)
+            if near:
+                told.difference_update(spare)
+                raise ModelError(
+                    f"The batch's field {name!r} would not reach the model.",
+                    where=f"{type(model).__name__}.forward{signature}",
+                    got=f"a batch of {describe(batch)}",
+                    hint=f"did you mean {near[0]!r}? rename the field, or leave it out of the data",
+                )
+            masks = name == "attention_mask" and any("mask" in other for other in free)
+            if name not in _COMPANIONS or masks:
+                warnings.warn(
+                    f"The batch's field {name!r} is not passed to the model: "
+                    f"{type(model).__name__}.forward{signature} has no such parameter. The batch holds "
+                    f"{describe(batch)}. To choose what is passed: task=TaskSpec(inputs=[...]).",
+                    ForwardWarning,
+                    stacklevel=2,
+                )
 
     def mismatch(batch: Batch) -> ModelError:
         return ModelError(

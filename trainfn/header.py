@@ -30,6 +30,7 @@ def header(plan: Plan) -> list[str]:
     lines = {
         "trainfn": f"on torch {torch.__version__}, python {platform.python_version()}",
         "model": _describe_model(plan.model),
+        "task": _describe_task(plan),
         "data": _describe_data(plan.loader, plan.val_loader),
         "device": _describe_device(plan.device),
         "step": _describe_step(plan.config, plan.loader, plan.counted),
@@ -51,7 +52,21 @@ def _describe_model(model: nn.Module) -> str:
     return f"{type(model).__name__}, {total:,} parameters in {len(sizes)} tensors ({trained:,} trained), {dtypes}"
 
 
+def _describe_task(plan: Plan) -> str:
+    if plan.task is None:
+        return ""
+    task, measured = plan.task, [metric.name for metric in plan.metrics]
+    kind = "" if task.title == task.kind else f" ({task.kind})"
+    return (
+        f"{task.title}{kind}, {task.modality_in_use}: loss {plan.record['config']['loss']}, "
+        f"collator {task.collator_in_use}, ignoring label {task.ignore_index}"
+        + (f", measuring {listed(measured)}" if measured else "")
+    )
+
+
 def _describe_data(loader: Loader, val_loader: Loader | None) -> str:
+    if loader.endless:
+        return "batches that a function makes" + (f"; {val_loader.examples:,} to evaluate on" if val_loader else "")
     held_out = f"; {val_loader.examples:,} to evaluate on" if val_loader else "; nothing to evaluate on"
     return f"{loader.examples:,} examples, {loader.batches_per_epoch:,} steps an epoch{held_out}"
 
@@ -67,10 +82,10 @@ def _describe_step(config: TrainConfig, loader: Loader, first_weight: float) -> 
     per_step = first_weight * config.accumulate
     clip = "no clipping" if config.clip_norm is None else f"clip to norm {config.clip_norm:g}"
     ema = "" if config.ema is None else f", EMA {config.ema:g} (evaluated and returned)"
-    return (
-        f"{examples} examples ({config.batch_size} x {config.accumulate}), "
-        f"about {per_step:,.0f} counted by the loss (tokens, labels); {clip}{ema}; seed {config.seed}"
-    )
+    size = f"{examples} examples ({config.batch_size} x {config.accumulate})"
+    if loader.endless:
+        size = "one batch of the function" + (f" in {config.accumulate} parts" if config.accumulate > 1 else "")
+    return f"{size}, about {per_step:,.0f} counted by the loss (tokens, labels); {clip}{ema}; seed {config.seed}"
 
 
 def _describe_precision(name: str) -> str:

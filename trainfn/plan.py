@@ -23,10 +23,12 @@ from trainfn.precision import check_buffers, check_precision
 from trainfn.state import TrainState, init
 from trainfn.step import Step, make_step, surroundings
 from trainfn.store import Manifest, Retention, clean, writing
-from trainfn.task.config import TrainConfig, make_config
+from trainfn.task import Intake, TaskSpec, TrainConfig, take_in
+from trainfn.task.config import make_config
+from trainfn.task.guard import guarding
 from trainfn.tree import batch_length, describe, map_leaves
 
-_ARGUMENTS = ("loss", "val_data", "metrics", "optimizer", "collate", "observers", "on_signal")
+_ARGUMENTS = ("loss", "task", "val_data", "metrics", "optimizer", "collate", "observers", "on_signal")
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -47,6 +49,7 @@ class Plan:
         counted: the loss's weight of the first micro-batch (tokens, labels, examples).
         resumed_from: the checkpoint's directory, or None for a fresh start.
         previous: that checkpoint's manifest, or None.
+        task: what kind of problem it is, or None if that was not said.
         record: what every checkpoint of this run says about it.
         retention: which checkpoints are kept, and what the best one is.
     """
@@ -64,6 +67,7 @@ class Plan:
     counted: float
     resumed_from: Path | None
     previous: Manifest | None
+    task: TaskSpec | None
     record: dict[str, Any]
     retention: Retention
 
@@ -76,11 +80,12 @@ def plan(
     model: nn.Module,
     data: object,
     *,
-    loss: str | Loss,
+    loss: str | Loss | None = None,
+    task: str | TaskSpec | None = None,
     val_data: object = None,
     metrics: Sequence[str | Metric] = (),
     optimizer: Transform | None = None,
-    collate: Callable[[list[Any]], Batch] | None = None,
+    collate: str | Callable[[list[Any]], Batch] | None = None,
     **settings: Any,
 ) -> Plan:
     """Decide everything about a run and check what can be checked, one batch through model and loss included.
@@ -98,7 +103,7 @@ def plan(
     >>> made.stop, made.state.cursor
     (6, 0)
     """
-    given = (loss, val_data, metrics, optimizer, collate)
+    given = (loss, task, val_data, metrics, optimizer, collate)
     return decide(contextlib.ExitStack(), model, data, *given, locks=False, settings=settings)
 
 
@@ -106,17 +111,28 @@ def decide(
     held: contextlib.ExitStack,
     model: nn.Module,
     data: object,
-    loss: str | Loss,
+    loss: str | Loss | None,
+    task: str | TaskSpec | None,
     val_data: object,
     metrics: Sequence[str | Metric],
     optimizer: Transform | None,
-    collate: Callable[[list[Any]], Batch] | None,
+    collate: str | Callable[[list[Any]], Batch] | None,
     *,
     locks: bool = True,
     settings: dict[str, Any],
 ) -> Plan:
     """Return the plan; what the run holds from then on (its directory's lock, if ``locks``) is put into ``held``."""
-    config = make_config(settings, also=_ARGUMENTS)
+    taken = take_in(
+        make_config(settings, also=_ARGUMENTS),
+        settings,
+        data=data,
+        val_data=val_data,
+        collate=collate,
+        loss=loss,
+        metrics=metrics,
+        task=task,
+    )
+    config, loss, val_data, metrics = taken.config, taken.loss, taken.val_data, taken.metrics
     asked = config
     if config.fast_dev_run:
         config = attrs.evolve(config, max_steps=2, out_dir=None, resume=None, compile="eager", log_every=1)
@@ -133,7 +149,7 @@ def decide(
     measured = _metrics(metrics, loss, val_data)
     retention = make_retention(config, [metric.name for metric in measured], evaluated=val_data is not None)
     device = _device(config.device)
-    loader, val_loader = _loaders(config, data, val_data, collate, device)
+    loader, val_loader = _loaders(config, taken, device)
     stop = _stop(config, loader)
     if optimizer is None:
         optimizer = adamw(lr=_default_schedule(asked, _stop(asked, loader)), decay=matrices_only)
@@ -153,10 +169,12 @@ def decide(
         model, optimizer, seed=config.seed, ema=config.ema is not None, precision=config.precision, device=device
     )
     check_precision(model, config.precision)
-    first = _first_loss(step, state, to_device(loader.batch(0), device))
+    looked_at = {"data": loader} | ({} if val_loader is None else {"val_data": val_loader})
+    first = _first_loss(step, state, to_device(loader.batch(0), device), looked_at if config.check_data else {})
     record: dict[str, Any] = {
         "config": config.to_json()
-        | {"loss": loss if isinstance(loss, str) else _name(loss), "stop": stop}
+        | {"loss": taken.loss_name or _name(loss), "stop": stop}
+        | ({} if taken.task is None else {"task": taken.task.to_json()})
         | machine(device),
         "optimizer": optimizer.name,
         "data": loader.fingerprint(),
@@ -184,6 +202,7 @@ def decide(
         counted=float(first.weight),
         resumed_from=resumed_from,
         previous=manifest,
+        task=taken.task,
         record=record,
         retention=retention,
     )
@@ -207,24 +226,27 @@ def _device(name: str) -> torch.device:
         ) from error
 
 
-def _loaders(
-    config: TrainConfig, data: object, val_data: object, collate: Any, device: torch.device
-) -> tuple[Loader, Loader | None]:
-    pin = device.type == "cuda"
+def _loaders(config: TrainConfig, taken: Intake, device: torch.device) -> tuple[Loader, Loader | None]:
+    pin, val_data = device.type == "cuda", taken.val_data
     loader = Loader(
-        data,
+        taken.data,
         batch_size=config.batch_size * config.accumulate,
         seed=config.seed,
         shuffle=config.shuffle,
         drop_last=config.drop_last,
         workers=config.workers,
         pin=pin,
-        collate=collate,
+        collate=taken.collate,
     )
     if val_data is None:
         return loader, None
     return loader, Loader(
-        val_data, batch_size=config.batch_size, shuffle=False, workers=config.workers, pin=pin, collate=collate
+        val_data,
+        batch_size=config.batch_size,
+        shuffle=False,
+        workers=config.workers,
+        pin=pin,
+        collate=taken.val_collate,
     )
 
 
@@ -254,15 +276,19 @@ def _metrics(metrics: Sequence[str | Metric], loss: str | Loss, val_data: object
     return found
 
 
-def _first_loss(step: Step, state: TrainState, batch: Batch) -> LossSum:
+def _first_loss(step: Step, state: TrainState, batch: Batch, loaders: dict[str, Loader]) -> LossSum:
     """Run the first micro-batch through model and loss, so that what does not fit is found before any work is done."""
     batch_length(batch)
     part = micro_batches(batch, step.accumulate)[0]
     buffers = {name: buffer.clone() for name, buffer in state.buffers.items()}
     try:
-        with surroundings(step.model, state, training=True), torch.no_grad():
+        with (
+            surroundings(step.model, state, training=True),
+            torch.no_grad(),
+            guarding(step.model, step.strategy, part, loaders),
+        ):
             found = step.loss(state.params, buffers, part)
-    except (TrainfnError, torch.OutOfMemoryError):
+    except (TrainfnError, torch.OutOfMemoryError, Warning):
         raise
     except Exception as error:
         text = str(error).strip().splitlines()[0] if str(error).strip() else ""

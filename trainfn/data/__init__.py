@@ -1,17 +1,58 @@
 """Data: which example comes when, and how examples become batches.
 
-==========  ==========================================================================================
-order.py    ``order``: position in an epoch -> example, a permutation computed from (seed, epoch)
-source.py   what counts as data: tensors, which are gathered, and map-style data sets, which are asked
-loader.py   ``Loader``: batches by number, in this process or in workers
-prefetch.py ``prefetched``: a batch copied to a GPU while the step before it runs
-text.py     ``ByteText``: windows over the bytes of a text
-==========  ==========================================================================================
+=============  =======================================================================================
+order.py       ``order``: position in an epoch -> example, a permutation computed from (seed, epoch)
+forms.py       the forms that data comes in: arrays as tensors, what a ``DataLoader`` was made of
+source.py      what counts as data: tensors, which are gathered, data sets, which are asked, functions
+loader.py      ``Loader``: batches by number, in this process or in workers
+prefetch.py    ``prefetched``: a batch copied to a GPU while the step before it runs
+split.py       ``split``: some examples held out
+collate.py     ``Collator``: items stacked, and finished
+collators.py   collators by name: ``"text"``, ``"mlm"``, ``"image"``, ``"table"``, ``"default"``
+padding.py     sequences padded, prompts left out, tokens masked
+packing.py     ``Packed``: documents in rows of one length
+text.py        ``ByteText``: windows over the bytes of a text
+tokens.py      tokenizers, texts as tokens, and files of tokens larger than memory
+images.py      images stacked and normalised; ``ImageFolder``
+tabular.py     CSV, JSONL and frames as numbers; texts from files
+=============  =======================================================================================
 """
 
+from trainfn.data.collate import Collator
+from trainfn.data.collators import collator, collator_names, register_collator
+from trainfn.data.images import ImageFolder
 from trainfn.data.loader import Loader
 from trainfn.data.order import order
+from trainfn.data.packing import Packed
 from trainfn.data.prefetch import CopyStream, prefetched
+from trainfn.data.split import Split, split
+from trainfn.data.tabular import Table, read_csv, read_frame, read_jsonl, read_texts
 from trainfn.data.text import ByteText
+from trainfn.data.tokens import ByteTokenizer, TokenFile, Tokenized, load_tokenizer, train_bpe, write_tokens
 
-__all__ = ["ByteText", "CopyStream", "Loader", "order", "prefetched"]
+__all__ = [
+    "ByteText",
+    "ByteTokenizer",
+    "Collator",
+    "CopyStream",
+    "ImageFolder",
+    "Loader",
+    "Packed",
+    "Split",
+    "Table",
+    "TokenFile",
+    "Tokenized",
+    "collator",
+    "collator_names",
+    "load_tokenizer",
+    "order",
+    "prefetched",
+    "read_csv",
+    "read_frame",
+    "read_jsonl",
+    "read_texts",
+    "register_collator",
+    "split",
+    "train_bpe",
+    "write_tokens",
+]

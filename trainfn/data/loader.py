@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from trainfn.data.collators import Collate
 from trainfn.data.order import order
-from trainfn.data.source import Batch, Collate, Source, Tensors, make_source
+from trainfn.data.source import Batch, Source, Tensors, is_function, make_source
 from trainfn.errors import ConfigError, TrainfnError
 from trainfn.tree import digest, map_leaves, named_leaves, split
 
@@ -34,17 +35,20 @@ class Loader:
     Tensors are gathered several batches ahead: what is written into them meanwhile is seen late.
 
     Args:
-        data: a tensor, a tuple or dict of tensors that agree in their first dimension, or a map-style data set
-            (``__len__``, ``__getitem__``). Batches keep the form.
+        data: a tensor or NumPy array, a tuple or dict of them that agree in their first dimension, or a map-style
+            data set (``__len__``, ``__getitem__``). Batches keep the form. Or a function ``batch(index)``, whose
+            batches are taken as they are, in order: ``batch_size`` and ``shuffle`` do not matter then.
         batch_size: examples a batch; the last batch of an epoch is shorter unless ``drop_last``.
         seed: what the order, and any random draw of the data set's items, is derived from, in [0, 2**63).
         shuffle: a new order every epoch; the data set's own order if False.
         drop_last: leave out the last batch of an epoch when it would be short.
         workers: processes that fetch batches; 0 fetches in this one. The batches are the same.
         pin: put batches into page-locked memory, for faster copies, where there is an accelerator.
-        collate: makes a batch of a list of items; ``torch.utils.data.default_collate`` if None.
+        collate: makes a batch of a list of items: a function, a :class:`trainfn.data.Collator`, or the name of one;
+            items are stacked if None.
 
     Attributes:
+        endless: whether the batches come from a function; each counts as an example then.
         examples: how many examples the data set has.
         batches_per_epoch: how many batches go through all of them.
 
@@ -69,8 +73,11 @@ class Loader:
         drop_last: bool = False,
         workers: int = 0,
         pin: bool = False,
-        collate: Collate | None = None,
+        collate: str | Collate | None = None,
     ) -> None:
+        self.endless = is_function(data)
+        if self.endless:
+            batch_size, shuffle = 1, False  # its examples are batches
         _check(batch_size=(batch_size, 1), workers=(workers, 0), seed=(seed, 0))
         self._source: Source = make_source(data, collate)
         self.examples = len(self._source)

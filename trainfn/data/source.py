@@ -12,26 +12,29 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default_collate
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
+from trainfn.data.collate import stacked
+from trainfn.data.collators import Collate, choose_collator
+from trainfn.data.forms import as_tensors, is_array, is_frame
 from trainfn.errors import ConfigError, DataError, listed
 from trainfn.tree import Tree, batch_length, map_leaves, named_leaves
 
 Batch = Tree
 """A tensor, a tuple of tensors, or a dict of tensors; the first dimension of each counts examples."""
 
-Collate = Callable[[list[Any]], Batch]
-"""Makes one batch of a list of items."""
-
-SUPPORTED = "a tensor, a tuple or dict of tensors, or a map-style data set (__len__ and __getitem__)"
+SUPPORTED = (
+    "a tensor or array, a tuple or dict of them, a map-style data set (__len__ and __getitem__), "
+    "or a function batch(index)"
+)
 
 _STREAM = "a stream has no positions to resume at: pass list(data) if it fits in memory, or give it __getitem__"
 _HINTS: dict[Any, str] = {
-    DataLoader: "pass its data set: data=loader.dataset, batch_size=loader.batch_size",
+    DataLoader: "fit takes it as it is; here, pass its data set: data=loader.dataset, batch_size=loader.batch_size",
     (str, bytes, bytearray): "trainfn.data.ByteText(text, length=128) makes windows of a text",
     (IterableDataset, Iterator): _STREAM,
 }
@@ -49,36 +52,127 @@ class Source(Protocol):
         """Return the examples at ``indices`` as a tree whose digest is stable between processes."""
 
 
-def make_source(data: object, collate: Collate | None = None) -> Source:
+def make_source(data: object, collate: str | Collate | None = None) -> Source:
     """Return the source that reads ``data``.
 
     Args:
-        data: a tensor, a tuple or dict of tensors, a ``TensorDataset``, or a map-style data set.
-        collate: makes a batch of a list of items, for map-style data sets; ``default_collate`` if None.
+        data: a tensor or NumPy array, a tuple or dict of them, a ``TensorDataset``, a map-style data set, or a
+            function ``batch(index)``.
+        collate: makes a batch of a list of items, for map-style data sets; stacks them if None. Of a
+            :class:`trainfn.data.Collator`, or the name of one, the finishing is done to tensors and to batches that
+            come whole too.
 
     Raises:
         DataError: data of another kind, without examples, or with tensors that disagree in length.
-        ConfigError: ``collate`` with tensors, which have no items to collate.
+        ConfigError: ``collate`` that can only collate, with data that has no items.
 
     >>> source = make_source((torch.arange(3), torch.ones(3, 2)))
     >>> len(source), source.fetch(torch.tensor([2, 0]), seed=0, cursor=0)[0]
     (3, tensor([2, 0]))
     """
-    if type(data) is TensorDataset:  # a subclass may have a __getitem__ of its own
-        data = data.tensors
+    collate = choose_collator(collate)
+    if type(data) is TensorDataset and not (collate and whole_of(collate) is None):
+        data = data.tensors  # a subclass may have a __getitem__ of its own
     if isinstance(data, Mapping) and not isinstance(data, dict):
         data = dict(data)  # BatchEncoding, for one: its own len() counts fields
-    tensors = isinstance(data, (Tensor, tuple, dict))
-    if tensors and collate is not None:
-        raise ConfigError(
-            "Data made of tensors has nothing to collate.",
-            where="collate",
-            hint="drop collate, or pass a data set that returns one item at a time",
+    if is_frame(data):
+        raise DataError(
+            "Which column of the frame is the target?",
+            got=_kind(data),
+            hint="data=trainfn.data.read_frame(frame, target=...), or a task with target=",
         )
-    source = Tensors(data) if tensors else Items(data, collate)
+    if isinstance(data, (tuple, dict)) or is_array(data):
+        data = as_tensors(data)
+    endless = is_function(data)
+    if isinstance(data, (Tensor, tuple, dict)) or endless:
+        finish = None if collate is None else whole_of(collate)
+        if collate is not None and finish is None:
+            raise ConfigError(
+                "Data that comes in batches has nothing to collate.",
+                where="collate",
+                hint="drop collate, or pass a data set that returns one item at a time",
+            )
+        made: Source = Function(cast(Any, data)) if endless else Tensors(cast(Tree, data))
+        source = made if finish is None else Finished(made, finish, draws=getattr(collate, "draws", True))
+    else:
+        source = Items(data, collate)
     if len(source) == 0:
         raise DataError("The data set is empty.", expected="at least one example", got=f"len({_kind(data)}) = 0")
     return source
+
+
+def is_function(data: object) -> bool:
+    """Return whether data is a function ``batch(index)``, and no data set that can also be called.
+
+    >>> is_function(lambda index: torch.ones(2)), is_function([1, 2])
+    (True, False)
+    """
+    known = hasattr(type(data), "__len__") or hasattr(type(data), "__getitem__") or hasattr(type(data), "__next__")
+    return callable(data) and not known and not isinstance(data, (type, DataLoader, IterableDataset))
+
+
+def whole_of(collate: Collate) -> Callable[[Batch], Batch] | None:
+    """Return what a collator does to a batch that came whole; None if it is a function of items only."""
+    return getattr(collate, "whole", None)
+
+
+class Function:
+    """A function ``batch(index) -> batch``, of which there are as many as anyone asks for.
+
+    Each batch is one example of this source. The global generators are seeded around the call from (seed, index).
+
+    >>> Function(lambda index: torch.full((2,), index)).fetch(torch.tensor([3]), seed=0, cursor=3)
+    tensor([3, 3])
+    """
+
+    def __init__(self, function: Callable[[int], Any]) -> None:
+        self._function = function
+
+    def __len__(self) -> int:
+        return 2**62
+
+    def fetch(self, indices: Tensor, *, seed: int, cursor: int) -> Batch:
+        number = int(indices[0])
+        with _seeded(seed, cursor):
+            try:
+                batch = as_tensors(self._function(number))
+            except Exception as error:
+                raise DataError(
+                    "The function that makes batches failed.",
+                    where=f"batch {number}",
+                    got=f"{type(error).__name__}: {error}",
+                ) from error
+        batch_length(batch)  # raises unless it is a batch
+        return batch
+
+    def sample(self, indices: list[int]) -> Tree:
+        return [map_leaves(_bits, self.fetch(torch.tensor([number]), seed=0, cursor=number)) for number in (0, 1)]
+
+
+class Finished:
+    """A source of whole batches, each of which goes through the finishing of a collator.
+
+    >>> source = Finished(Tensors(torch.arange(3)), lambda batch: batch * 2, draws=False)
+    >>> source.fetch(torch.tensor([2]), seed=0, cursor=0)
+    tensor([4])
+    """
+
+    def __init__(self, source: Source, finish: Callable[[Batch], Batch], *, draws: bool) -> None:
+        self.source, self._finish, self._draws = source, finish, draws
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def fetch(self, indices: Tensor, *, seed: int, cursor: int) -> Batch:
+        batch = self.source.fetch(indices, seed=seed, cursor=cursor)
+        with _seeded(seed, cursor) if self._draws else nullcontext():
+            try:
+                return self._finish(batch)
+            except Exception as error:
+                raise _failed("Finishing a batch", error, indices.tolist(), cursor) from error
+
+    def sample(self, indices: list[int]) -> Tree:
+        return self.source.sample(indices)
 
 
 class Tensors:
@@ -136,7 +230,10 @@ class Items:
 
     def fetch(self, indices: Tensor, *, seed: int, cursor: int) -> Batch:
         chosen = indices.tolist()
-        with _seeded(seed, cursor) if getattr(self._data, "draws", True) else nullcontext():
+        draws = getattr(self._data, "draws", True) or (
+            self._collate is not None and getattr(self._collate, "draws", True)
+        )
+        with _seeded(seed, cursor) if draws else nullcontext():
             items = self._items(chosen, cursor)
             return self._collated(items, chosen, cursor) if isinstance(items, list) else self._ready(items)
 
@@ -161,23 +258,25 @@ class Items:
 
     def _collated(self, items: list[Any], chosen: list[int], cursor: int) -> Batch:
         try:
-            batch = (self._collate or default_collate)(items)
+            batch = stacked(items) if self._collate is None else self._collate(items)
         except Exception as error:
             hint = None if self._collate else "items that differ in shape or fields need a function of yours: collate="
             raise _failed("Collating a batch", error, chosen, cursor, hint) from error
-        if self._collate is None and isinstance(items[0], tuple) and isinstance(batch, list):
-            return tuple(batch)  # default_collate makes a list of tuples' fields
         return dict(batch) if isinstance(batch, Mapping) else batch
 
     def _ready(self, batch: Any) -> Batch:
-        if self._collate is not None:
+        batch = as_tensors(dict(batch) if isinstance(batch, Mapping) else batch)
+        if self._collate is None:
+            return batch
+        finish = whole_of(self._collate)
+        if finish is None:
             raise ConfigError(
                 "collate has nothing to collate: the data set's __getitems__ returns finished batches.",
                 expected="a list of items",
                 got=_kind(batch),
                 hint="drop collate, or let __getitems__ return a list",
             )
-        return dict(batch) if isinstance(batch, Mapping) else batch
+        return finish(batch)
 
 
 @contextmanager
@@ -211,6 +310,9 @@ def _failed(
 ) -> DataError:
     some = f"examples [{listed(chosen)}]"
     where = some if cursor is None else f"batch {cursor}, {some}"
+    if isinstance(error, DataError):  # one of ours knows more
+        where = where if error.where is None else f"{error.where}, {where}"
+        return DataError(error.what, where=where, expected=error.expected, got=error.got, hint=error.hint or hint)
     return DataError(f"{subject} failed.", where=where, got=f"{type(error).__name__}: {error}", hint=hint)
 
 

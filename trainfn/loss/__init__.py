@@ -12,7 +12,7 @@
 | ``distillation`` | a teacher's distribution and the labels |
 | ``low_precision_safe`` | a loss that is given float32 outputs |
 | ``peft_aware`` | a loss that has looked at which parameters are trained |
-| ``register``, ``resolve``, ``names``, ``wrappers`` | losses by name |
+| ``register``, ``resolve``, ``make``, ``names``, ``wrappers`` | losses by name |
 | ``widens``, ``reads``, ``Reading``, ``reading_of`` | what a loss says of itself |
 """
 
@@ -24,7 +24,7 @@ from trainfn.loss.low_precision import low_precision_safe
 from trainfn.loss.multi_label import multi_label
 from trainfn.loss.peft import PeftWarning, peft_aware
 from trainfn.loss.reading import Reading, reading_of, reads
-from trainfn.loss.registry import names, register, resolve, wrappers
+from trainfn.loss.registry import make, names, register, resolve, wrappers
 from trainfn.loss.regression import regression
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "language_modeling",
     "logits_of",
     "low_precision_safe",
+    "make",
     "masked_language_modeling",
     "multi_label",
     "names",

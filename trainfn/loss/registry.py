@@ -5,9 +5,11 @@ A wrapper is called by name like a function: ``"peft_aware(language_modeling)"``
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch.nn.functional as F
 from torch.nn.modules.loss import _Loss
@@ -22,7 +24,7 @@ from trainfn.loss.regression import regression
 
 _CHUNK = 4096  # tokens: with 50,000 words, 800 MB of float32 logits; the whole of a large batch takes ten times that
 
-_LOSSES: dict[str, Callable[[], Loss]] = {
+_LOSSES: dict[str, Callable[..., Loss]] = {
     "chunked_language_modeling": partial(language_modeling, chunk_size=_CHUNK),
     "classification": classification,
     "distillation": distillation,
@@ -128,6 +130,32 @@ def resolve(loss: str | Loss) -> Loss:
             hint=f"pass {_INSTEAD.get(theirs, 'a function of your own: loss(outputs, batch)')}",
         )
     return loss
+
+
+def make(name: str, **options: Any) -> Loss:
+    """Return the loss of this name, made with options: the keywords of the function that makes it.
+
+    Raises:
+        ConfigError: the name or an option is unknown (the nearest known one is given), or an option is out of range.
+
+    >>> make("huber", delt=2.0)
+    Traceback (most recent call last):
+        ...
+    trainfn.errors.ConfigError: The loss 'huber' has no such option.
+      got: delt
+      try: did you mean 'delta'?
+    """
+    if not options:
+        return resolve(name)
+    if name not in _LOSSES:
+        _by_name(name)  # raises, unless it is a wrapper
+        raise ConfigError("A wrapper has no options.", got=f"{name!r} with {', '.join(options)}")
+    known = inspect.signature(_LOSSES[name]).parameters
+    for option in options:
+        if option not in known:
+            hint = suggest(option, known) if known else None
+            raise ConfigError(f"The loss {name!r} has no such option.", got=option, hint=hint)
+    return _LOSSES[name](**options)
 
 
 def _by_name(name: str) -> Loss:

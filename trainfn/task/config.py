@@ -119,6 +119,8 @@ class TrainConfig:
         shuffle: a new order of the training data every epoch.
         drop_last: leave out the short step at the end of an epoch.
         workers: processes that fetch batches.
+        check_data: look at a sample of the data before the first step, for labels and ids out of range, NaN and
+            sequences that are too short; see :mod:`trainfn.task.guard`.
         device: ``"auto"`` (a GPU if there is one) or a torch device.
         compile: ``"auto"``, ``"eager"``, ``"graph"``, ``"split"`` or ``"accum"``; see :func:`trainfn.compile`.
         cuda_graph: replay each step as one CUDA graph: ``"auto"`` where timed steps show that it is faster, True always
@@ -164,6 +166,7 @@ class TrainConfig:
     shuffle: bool = _setting(True, "a bool", _is_bool)
     drop_last: bool = _setting(False, "a bool", _is_bool)
     workers: int = _setting(0, "an int >= 0", _at_least(0))
+    check_data: bool = _setting(True, "a bool", _is_bool)
     device: str = _setting("auto", '"auto" or the name of a device', lambda v: isinstance(v, str))
     compile: Literal["auto", "eager", "graph", "split", "accum"] = _one_of("auto", "eager", "graph", "split", "accum")
     cuda_graph: Literal["auto"] | bool = _setting(False, '"auto" or a bool', lambda v: v == "auto" or _is_bool(v))

@@ -1,0 +1,169 @@
+"""What ``fit`` was given, made into what a plan is made of: the forms of data, and what a task chooses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import attrs
+from torch.utils.data import DataLoader
+
+from trainfn.data import read_frame
+from trainfn.data.collators import Collate, choose_collator
+from trainfn.data.forms import is_frame, read_data_loader
+from trainfn.data.source import is_function
+from trainfn.errors import ConfigError, DataError
+from trainfn.loss import Loss
+from trainfn.metric import Metric
+from trainfn.task.config import TrainConfig
+from trainfn.task.spec import TaskSpec, make_task
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Intake:
+    """What a run is made of, decided.
+
+    Attributes:
+        config: the settings, with those of a ``DataLoader`` filled in.
+        data, val_data: what the loaders read.
+        collate, val_collate: what they collate with; None stacks.
+        loss: the loss, by name or as a function.
+        loss_name: what it is called, None if it has no name.
+        metrics: what is measured.
+        task: the task, None if there is none.
+    """
+
+    config: TrainConfig
+    data: Any
+    val_data: Any
+    collate: Collate | None
+    val_collate: Collate | None
+    loss: str | Loss
+    loss_name: str | None
+    metrics: Sequence[str | Metric]
+    task: TaskSpec | None
+
+
+def take_in(
+    config: TrainConfig,
+    given: Mapping[str, Any],
+    *,
+    data: object,
+    val_data: object,
+    collate: str | Collate | None,
+    loss: str | Loss | None,
+    metrics: Sequence[str | Metric],
+    task: str | TaskSpec | None,
+) -> Intake:
+    """Return what a run is made of.
+
+    What is passed by hand comes before what a task is configured with, and that before what its kind chooses: so
+    ``loss=`` beside ``task=`` is the loss, and ``metrics=`` the metrics.
+
+    Args:
+        config: the settings.
+        given: those that were passed, by name, which nothing may contradict.
+        data, val_data, collate, loss, metrics, task: as for :func:`trainfn.fit`.
+
+    Raises:
+        ConfigError: neither a loss nor a task; settings that contradict a ``DataLoader`` or a function of batches.
+        DataError: a form of data that cannot be read.
+
+    >>> taken = take_in(TrainConfig(max_steps=1), {}, data=DataLoader([1, 2], batch_size=2), val_data=None,
+    ...                 collate=None, loss="mse", metrics=(), task=None)
+    >>> taken.data, taken.config.batch_size, taken.config.shuffle
+    ([1, 2], 2, False)
+    """
+    spec = None if task is None else make_task(task)
+    if loss is None and spec is None:
+        raise ConfigError(
+            "It is not said what to train for.",
+            expected="loss= or task=",
+            hint='for example loss="classification", or task="vision_classification"',
+        )
+    data, val_data, spec_for_data = _frames(data, val_data, spec)
+    by_hand, by_hand_val = collate, collate
+    if isinstance(data, DataLoader):
+        config, data, by_hand = _from_loader(config, given, data, collate)
+    if isinstance(val_data, DataLoader):
+        val_data, by_hand_val = _evaluated(val_data, collate)
+    if is_function(data):
+        _check_function(config, given)
+    if is_function(val_data):
+        raise DataError(
+            "A function of batches has no end, so there is no evaluating on it.",
+            where="val_data",
+            hint="val_data=[...] or tensors",
+        )
+    usual = None if spec_for_data is None else spec_for_data.make_collator()
+    own = [choose_collator(hand, usual) for hand in (by_hand, by_hand_val)]
+    loss_name = loss if isinstance(loss, str) else None
+    if loss is None:
+        chosen = cast(TaskSpec, spec)
+        loss_name, loss = chosen.loss_in_use, chosen.make_loss()
+    if spec is not None and not metrics and val_data is not None:
+        metrics = spec.metrics_in_use
+    return Intake(
+        config=config,
+        data=data,
+        val_data=val_data,
+        collate=own[0],
+        val_collate=own[1],
+        loss=loss,
+        loss_name=loss_name,
+        metrics=metrics,
+        task=spec,
+    )
+
+
+def _frames(data: object, val_data: object, spec: TaskSpec | None) -> tuple[object, object, TaskSpec | None]:
+    """Read frames by the task's target, whose fields have the names of :func:`trainfn.data.read_frame` from then on."""
+    if spec is None or spec.target is None or not is_frame(data):
+        return data, val_data, spec
+    features = list(spec.inputs) or None
+    table = read_frame(data, target=spec.target, features=features)
+    if is_frame(val_data):
+        val_data = read_frame(val_data, target=spec.target, features=list(table.columns), classes=table.classes)
+    return table, val_data, spec.evolve(inputs={}, target=None)
+
+
+def _from_loader(
+    config: TrainConfig, given: Mapping[str, Any], loader: DataLoader[Any], collate: str | Collate | None
+) -> tuple[TrainConfig, Any, str | Collate | None]:
+    read = read_data_loader(loader)
+    settings = read.settings
+    wrong = [
+        f"{name}: {settings[name]} in the DataLoader, {given[name]} in fit"
+        for name in settings
+        if name in given and given[name] != settings[name]
+    ]
+    if read.collate is not None and collate is not None:
+        wrong.append("collate: the DataLoader has a collate_fn, and collate= is another")
+    if wrong:
+        raise ConfigError(
+            "The DataLoader and the settings contradict each other.",
+            got="; ".join(wrong),
+            hint="leave them out in fit, or pass the DataLoader's data set: data=loader.dataset",
+        )
+    return attrs.evolve(config, **settings), read.dataset, collate if read.collate is None else read.collate
+
+
+def _evaluated(loader: DataLoader[Any], collate: str | Collate | None) -> tuple[Any, str | Collate | None]:
+    """Return the data set of a loader to evaluate on: all of it, in its own order, in batches of any size."""
+    read = read_data_loader(loader)
+    if read.settings["drop_last"]:
+        raise ConfigError(
+            "An evaluation is over all examples.", where="val_data", got="a DataLoader with drop_last=True"
+        )
+    return read.dataset, collate if read.collate is None else read.collate
+
+
+def _check_function(config: TrainConfig, given: Mapping[str, Any]) -> None:
+    decided = [name for name in ("batch_size", "shuffle", "drop_last", "max_epochs") if given.get(name) is not None]
+    if decided:
+        raise ConfigError(
+            "Batches that a function makes are taken as they are, without end.",
+            got=", ".join(f"{name}={given[name]}" for name in decided),
+            hint="leave these out, and say how long to train with max_steps",
+        )
+    assert config.max_steps is not None  # one of the two limits there is
