@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import trainfn
 from trainfn.errors import ModelError
-from trainfn.forward import ForwardWarning, make_arguments
+from trainfn.forward import ForwardWarning, make_arguments, warn_of_unread
 
 
 def module(forward: Callable[..., Any]) -> nn.Module:
@@ -127,12 +128,28 @@ def test_a_misspelt_field_is_refused_with_the_name_that_is_meant(
         (optional, {"x": 1, "attention_mask": 2}, "attention_mask"),
     ],
 )
-def test_a_field_that_is_not_passed_is_warned_of_once(forward: Callable[..., Any], batch: Any, field: str) -> None:
-    arguments = make_arguments(module(forward))
+def test_a_field_that_is_not_passed_is_warned_of(forward: Callable[..., Any], batch: Any, field: str) -> None:
+    assert field not in make_arguments(module(forward))(batch)[1]
     with pytest.warns(ForwardWarning, match=f"'{field}' is not passed.*forward.*{field}: int"):
-        found = arguments(batch)
-    assert field not in found[1]
-    assert arguments(batch) == found
+        warn_of_unread(module(forward), batch)
+
+
+class Weighted(nn.Linear):
+    def forward(self, input: Tensor, scale: float = 1.0) -> Tensor:
+        return super().forward(input) * scale
+
+
+def test_fit_warns_of_fields_that_neither_model_nor_loss_read() -> None:
+    batch = {"input": torch.ones(4, 2), "labels": torch.zeros(4, dtype=torch.long), "weight": torch.ones(4)}
+
+    def weighted(outputs: Tensor, batch: Any) -> Tensor:
+        return (outputs.sum(1) * batch["weight"]).mean()
+
+    options: dict[str, Any] = {"max_steps": 1, "device": "cpu", "progress": False}
+    with pytest.warns(ForwardWarning, match="'weight' is not passed"):
+        trainfn.fit(Weighted(2, 2), batch, loss="classification", **options)
+    trainfn.fit(Weighted(2, 2), batch, loss=weighted, **options)
+    trainfn.fit(Weighted(2, 2), batch, task=trainfn.TaskSpec(kind="tabular", inputs=["input"]), **options)
 
 
 class Generating(nn.Module):

@@ -75,3 +75,59 @@ def test_an_encoder_decoder_makes_its_decoder_inputs_of_the_labels(kind: str) ->
     found = step.evaluate(trainfn.init(model, optimizer), batch)["loss"]
     right = model.eval()(**batch).loss
     assert float(found.total / found.weight) == pytest.approx(float(right.detach()), rel=1e-5)
+
+
+def make_vit():
+    config = transformers.ViTConfig(
+        image_size=8, patch_size=4, num_channels=1, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=32, num_labels=3,
+    )  # fmt: skip
+    return transformers.ViTForImageClassification(config)
+
+
+@pytest.mark.parametrize(
+    ("make", "task", "data"),
+    [
+        (make_bert, "text_classification", [([2 + i % 2] * (3 + i % 4), i % 2) for i in range(24)]),
+        (make_gpt2, "language_modeling", [list(range(1, 5 + i % 5)) for i in range(24)]),
+        (
+            lambda: transformers.BertForMaskedLM(make_bert().config),
+            trainfn.TaskSpec(
+                kind="masked_language_modeling",
+                special_tokens={"pad": 0, "mask": 1},
+                collate_options={"vocab_size": 64, "probability": 0.5},
+            ),
+            [list(range(5, 15 + i % 5)) for i in range(24)],
+        ),
+        (
+            make_vit,
+            trainfn.TaskSpec(kind="vision_classification", inputs={"image": "pixel_values"}, target="digit"),
+            {"image": torch.arange(24)[:, None, None, None].expand(24, 1, 8, 8) / 24, "digit": torch.arange(24) // 8},
+        ),
+    ],
+    ids=["bert", "gpt2", "bert_mlm", "vit"],
+)
+def test_a_task_is_all_that_a_model_needs(make, task, data):
+    """Padding, masks and names of fields come from the task; warnings, such as of a field not passed, are errors."""
+    torch.manual_seed(0)
+    result = trainfn.fit(
+        make(), data, task=task, lr=1e-2, batch_size=8, max_steps=30, log_every=1, device="cpu", progress=False,
+        compile="eager",
+    )  # fmt: skip
+    first, last = (sum(row["loss"] for row in rows) for rows in (result.history[:5], result.history[-5:]))
+    assert last < 0.8 * first
+
+
+def test_padding_on_either_side_counts_the_tokens_of_the_texts_alone():
+    torch.manual_seed(0)
+    model = make_gpt2().eval()
+    step = trainfn.make_step(model, loss="language_modeling", optimizer=trainfn.optim.sgd(0.1))
+    state = trainfn.init(model, step.optimizer)
+    texts = [list(range(3, 9)), [5, 6, 7]]
+    found = {
+        side: trainfn.evaluate(step, state, texts, batch_size=2, collate=trainfn.data.collator("text", side=side))
+        for side in ("left", "right")
+    }
+    alone = trainfn.evaluate(step, state, texts, batch_size=1, collate="text")
+    assert found["right"]["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+    assert found["left"]["weight"] == alone["weight"] == 7

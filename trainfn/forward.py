@@ -4,10 +4,11 @@ The rule for arguments, in order: fields of a dict go to the parameters of the s
 one input field are left over, they belong together; targets are passed only to a parameter that requires them (so a
 model that can compute its own loss does not compute it twice), or to ``labels`` of a model that makes its
 ``decoder_input_ids`` of them. Tuples and tensors go in by position. What describes an input (``attention_mask``,
-``token_type_ids``, ``position_ids``) is passed when it is taken; a loss may read it all the same. Any other field that
-the forward has no parameter for is warned of, and it is an error where a parameter of nearly the same name is left
-without a value: ``attn_mask`` beside ``attention_mask``. A cache of keys and values is for generating text: a forward
-that has a ``use_cache`` is told not to make one, unless the batch says otherwise.
+``token_type_ids``, ``position_ids``) is passed when it is taken. A field that the forward has no parameter for is left
+to the loss; it is an error where a parameter of nearly the same name is left without a value, ``attn_mask`` beside
+``attention_mask``, and ``fit`` warns of it where the loss is one of ours, which reads no such field. A cache of keys
+and values is for generating text: a forward that has a ``use_cache`` is told not to make one, unless the batch says
+otherwise.
 """
 
 from __future__ import annotations
@@ -47,9 +48,6 @@ def make_arguments(model: nn.Module) -> Callable[[Batch], Arguments]:
     Raises:
         ModelError: (from the returned function) the batch's fields do not meet the signature; both are shown.
 
-    Warns:
-        ForwardWarning: (from the returned function) of each field that is not passed, once.
-
     >>> import torch
     >>> arguments = make_arguments(nn.Linear(2, 1))
     >>> arguments({"features": torch.ones(3, 2), "y": torch.ones(3)})[1]["input"].shape
@@ -62,7 +60,6 @@ def make_arguments(model: nn.Module) -> Callable[[Batch], Arguments]:
     by_position = [p.name for p in parameters if p.kind in _POSITIONAL]
     room = float("inf") if any(p.kind is p.VAR_POSITIONAL for p in parameters) else len(by_position)
     makes_decoder_inputs = {"labels", "decoder_input_ids"} <= set(named)
-    told: set[str] = set()
     takes_any_name = not named and any(p.kind is p.VAR_KEYWORD for p in parameters)
 
     def arguments(batch: Batch) -> Arguments:
@@ -94,30 +91,19 @@ def make_arguments(model: nn.Module) -> Callable[[Batch], Arguments]:
         elif missing or not kwargs:
             raise mismatch(batch)
         if spare and not torch.compiler.is_compiling():
-            leave_out([name for name in spare if name not in told], kwargs, batch)
+            refuse_misspelt(spare, kwargs, batch)
         return (), kwargs
 
-    def leave_out(spare: Sequence[str], kwargs: dict[str, Any], batch: Batch) -> None:
+    def refuse_misspelt(spare: Sequence[str], kwargs: dict[str, Any], batch: Batch) -> None:
         free = [name for name in named if name not in kwargs and name not in TARGET_NAMES]
-        told.update(spare)
-        for name in spare:
-            near = difflib.get_close_matches(name, free, n=1)
+        meant = {name: difflib.get_close_matches(name, free, n=1) for name in spare}
+        for name, near in meant.items():
             if near:
-                told.difference_update(spare)
                 raise ModelError(
                     f"The batch's field {name!r} would not reach the model.",
                     where=f"{type(model).__name__}.forward{signature}",
                     got=f"a batch of {describe(batch)}",
                     hint=f"did you mean {near[0]!r}? rename the field, or leave it out of the data",
-                )
-            masks = name == "attention_mask" and any("mask" in other for other in free)
-            if name not in _COMPANIONS or masks:
-                warnings.warn(
-                    f"The batch's field {name!r} is not passed to the model: "
-                    f"{type(model).__name__}.forward{signature} has no such parameter. The batch holds "
-                    f"{describe(batch)}. To choose what is passed: task=TaskSpec(inputs=[...]).",
-                    ForwardWarning,
-                    stacklevel=2,
                 )
 
     def mismatch(batch: Batch) -> ModelError:
@@ -130,6 +116,34 @@ def make_arguments(model: nn.Module) -> Callable[[Batch], Arguments]:
         )
 
     return arguments
+
+
+def warn_of_unread(model: nn.Module, batch: Batch) -> None:
+    """Warn of the fields of a batch that its forward is not given: for a loss that does not read them either.
+
+    Nothing is said of what describes an input, unless it is a mask and the forward takes another.
+
+    Warns:
+        ForwardWarning: of each field, with the signature and what the batch holds.
+
+    >>> warn_of_unread(nn.Linear(2, 1), {"x": torch.ones(3, 2), "y": torch.ones(3)})
+    """
+    if not isinstance(batch, dict):
+        return
+    signature = inspect.signature(model.forward)
+    _, passed = make_arguments(model)(batch)
+    given = {id(value) for value in passed.values()}
+    free = [name for name in signature.parameters if name not in passed]
+    for name, value in inputs(batch)[1].items():
+        is_other_mask = name == "attention_mask" and any("mask" in other for other in free)
+        if id(value) not in given and (name not in _COMPANIONS or is_other_mask):
+            warnings.warn(
+                f"The batch's field {name!r} is not passed to the model: "
+                f"{type(model).__name__}.forward{signature} has no such parameter. The batch holds {describe(batch)}. "
+                "To choose what is passed: task=TaskSpec(inputs=[...]).",
+                ForwardWarning,
+                stacklevel=2,
+            )
 
 
 def make_apply(model: nn.Module) -> Apply:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from trainfn.batch import TARGET_NAMES, Batch, inputs, target
 from trainfn.data import Loader
 from trainfn.errors import DataError, ModelError
+from trainfn.forward import warn_of_unread
 from trainfn.loss import Reading, logits_of, reading_of
 from trainfn.tree import describe, map_leaves, named_leaves
 
@@ -69,6 +70,7 @@ def guarding(model: nn.Module, loss: Any, batch: Batch, loaders: dict[str, Loade
 
     Warns:
         DataWarning: some sequences, but not all, are too short.
+        ForwardWarning: a field of the batch is read neither by the model nor by the loss.
 
     >>> model, batch = nn.Linear(2, 2), (torch.zeros(3, 2), torch.tensor([0, 1, 2]))
     >>> from trainfn.loss import classification
@@ -84,6 +86,8 @@ def guarding(model: nn.Module, loss: Any, batch: Batch, loaders: dict[str, Loade
     """
     kept = {where: _check_features(where, loader) for where, loader in loaders.items()}
     reading = reading_of(loss)
+    if reading is not None:
+        warn_of_unread(model, batch)
     hooks = [
         module.register_forward_pre_hook(_table_check(name, batch, kept))
         for name, module in model.named_modules()
