@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import attrs
 from torch import nn
@@ -25,9 +25,10 @@ from trainfn.observers import Observer, Progress, Recorder
 from trainfn.optim import Transform
 from trainfn.plan import Plan, decide, plan
 from trainfn.result import FitResult, best_row, checkpoint_at
+from trainfn.rollback import Course, Rollback
 from trainfn.signals import OnSignal, leave, listening, until_told
 from trainfn.state import TrainState
-from trainfn.store import Saver, save
+from trainfn.store import Saver, save, steps
 from trainfn.task import TaskSpec, TrainConfig
 
 
@@ -82,7 +83,8 @@ def fit(
         ConfigError, DataError, ModelError, CheckpointError: before the first step; see :func:`trainfn.plan`.
         DivergenceError: too many steps in a row gave non-finite numbers. The last good state is saved first, and the
             error tells, by a replay, which example, module or parameter they came from. Or the state itself is no
-            longer finite, because of an update or a forward; it is not saved.
+            longer finite, because of an update or a forward; it is not saved. With ``on_divergence="rollback"``, only
+            after ``max_rollbacks`` (:mod:`trainfn.rollback`).
         RunLockedError: somebody else is writing into ``out_dir``.
         CheckpointWriteError: a checkpoint could not be written, with ``on_save_error="stop"``.
 
@@ -106,7 +108,7 @@ def carry_out(planned: Plan, observers: Sequence[Observer] = (), on_signal: OnSi
     state, config = planned.state, planned.config
     check_noise(planned)
     recorder, progress = Recorder(planned), Progress(planned)
-    must_halt, check_finite = make_halt_check(planned), make_finite_check(planned)
+    must_halt, spoilt_by, rollback = make_halt_check(planned), make_finite_check(planned), Rollback(planned)
     saver = Saver(
         config.out_dir or "",
         planned.retention,
@@ -117,8 +119,9 @@ def carry_out(planned: Plan, observers: Sequence[Observer] = (), on_signal: OnSi
     last = {"val_loss": math.nan}
 
     def known() -> dict[str, Any]:
-        metrics = {name: value for name, value in recorder.rows[-1].items() if isinstance(value, (int, float))}
-        mode = {"config": planned.record["config"] | {"compile_mode": planned.step.mode}}
+        row = recorder.rows[-1] if recorder.rows else {}
+        metrics = {name: value for name, value in row.items() if isinstance(value, (int, float))}
+        mode = {"config": planned.record["config"] | {"compile_mode": planned.step.mode} | rollback.record}
         return planned.record | mode | {"metrics": metrics}
 
     def keep(state: TrainState) -> Path | None:
@@ -141,9 +144,11 @@ def carry_out(planned: Plan, observers: Sequence[Observer] = (), on_signal: OnSi
         return on_signal is not None and bool(on_signal(told, saver.drain())) and told == signal.SIGUSR1
 
     left, unsaved = None, False
-    taken = contextlib.closing(cast(Any, run(planned)))
-    with listening(usr1=on_signal is not None) as listener, saver, taken as states, collecting_at_rows() as collect:
-        for state in until_told(states, listener):
+    taken = contextlib.closing(Course(planned, run))
+    with listening(usr1=on_signal is not None) as listener, saver, taken as course, collecting_at_rows() as collect:
+        if rollback.wanted and not steps(config.out_dir or ""):
+            saver.save(state, **known())
+        for state in until_told(course, listener):
             recorder.step(state)
             progress.step(state)
             for observer in observers:
@@ -152,12 +157,18 @@ def carry_out(planned: Plan, observers: Sequence[Observer] = (), on_signal: OnSi
             told = listener.heard
             late = config.save_every_minutes and time.perf_counter() - saved >= 60 * config.save_every_minutes
             due = _due(planned, state.cursor, now=told is not None or bool(late))
-            if must_halt(state, due.row):
-                refused = recorder.last_refused(state)
-                recorder.row(state, {})
-                raise divergence(planned, state, *refused, keep)
-            if due.evaluation or due.checkpoint:
-                check_finite(state, saver.newest)
+            halted = must_halt(state, due.row)
+            spoilt = spoilt_by(state, saver.newest) if (due.evaluation or due.checkpoint) and not halted else None
+            if halted or spoilt:
+                refused = recorder.last_refused(state) if halted else None
+                back = rollback.back(state, saver.drain) if rollback.wanted else None
+                recorder.row(state, {"rolled_back_to": rollback.windows[-1][0]} if back else {})
+                if back is None:
+                    error = divergence(planned, state, *refused, keep) if refused else spoilt
+                    assert error is not None
+                    rollback.explain(error)
+                    raise error
+                state = course.go_on(back)
             wanted = due.checkpoint
             if due.row:
                 metrics = evaluate_plan(planned, state) if due.evaluation else {}
@@ -179,7 +190,8 @@ def carry_out(planned: Plan, observers: Sequence[Observer] = (), on_signal: OnSi
                 listener.heard = None
     if left is None and listener.heard is not None:  # in the last step, or there was no other batch
         if unsaved:
-            check_finite(state, saver.newest)
+            if spoilt := spoilt_by(state, saver.newest):
+                raise spoilt
             recorder.row(state, {})
             saver.save(state, **known())
         left = listener.heard

@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -183,12 +185,14 @@ class _Places:
             for key, tensor in home.items()
             if tensor is not None
         ]
+        self._empty = [(home, key) for home in homes for key, tensor in home.items() if tensor is None]
         self._children = [(module._modules, dict(module._modules)) for module in modules]
         self._sizes = [(home, len(home)) for home in homes]
 
     def are_up_to_date(self) -> bool:
         return (
             all(home.get(key) is tensor for home, key, _, tensor in self._places)
+            and all(home.get(key) is None for home, key in self._empty)
             and all(now == then for now, then in self._children)
             and all(len(home) == size for home, size in self._sizes)
         )
@@ -201,9 +205,34 @@ class _Places:
                     home[key] = given[name]
             return self._model(*args, **kwargs)
         finally:
-            for home, key, name, own in self._places:
-                if name in given:
-                    new = home.get(key)
-                    if new is not None and new is not given[name]:
-                        tensors[name] = new
-                    home[key] = own
+            for home, key, name, _ in self._places:
+                new = home.get(key)
+                if name in given and new is not None and new is not given[name]:
+                    tensors[name] = new
+            _held.stack[-1].append(self._put_back) if _held.stack else self._put_back()
+
+    def _put_back(self) -> None:
+        for home, key, _, own in self._places:
+            home[key] = own
+
+
+class _Held(threading.local):
+    def __init__(self) -> None:
+        self.stack: list[list[Callable[[], None]]] = []
+
+
+_held = _Held()
+
+
+@contextmanager
+def tensors_in_place() -> Iterator[None]:
+    """Leave the tensors of what is applied inside where they are until the end, when the model's own come back.
+
+    A model that recomputes activations (``torch.utils.checkpoint``) reads its tensors in the backward once more.
+    """
+    _held.stack.append([])
+    try:
+        yield
+    finally:
+        for put_back in reversed(_held.stack.pop()):
+            put_back()

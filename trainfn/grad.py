@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from trainfn.batch import Batch
 from trainfn.errors import ModelError
-from trainfn.forward import make_apply, make_arguments
+from trainfn.forward import make_apply, make_arguments, tensors_in_place
 from trainfn.loss import Loss, LossSum, as_loss_sum, low_precision_safe
 from trainfn.precision import LossScale, backward_unit, cast, lowered
 from trainfn.precision import resolve as resolve_precision
@@ -141,7 +141,7 @@ def make_gradients_of(apply: LossFn) -> GradientsFn:
     """Return the gradients of ``(params, buffers, batch) -> LossSum``, as :func:`make_gradients` does of a model's."""
 
     def gradients(params: Params, buffers: Buffers, batch: Batch, /, scale: LossScale | None = None) -> Gradients:
-        with torch.enable_grad():
+        with torch.enable_grad(), nullcontext() if torch.compiler.is_compiling() else tensors_in_place():
             views = {name: _differentiable(param) for name, param in trainable(params).items()}
             fresh = {name: buffer.clone() for name, buffer in buffers.items()}
             result = apply(params | views, fresh, batch)

@@ -45,8 +45,8 @@ def make_halt_check(planned: Plan) -> Callable[[TrainState, bool], bool]:
     return must_halt
 
 
-def make_finite_check(planned: Plan) -> Callable[[TrainState, Path | None], None]:
-    """Return ``(state, last checkpoint) -> None``, which raises if a tensor has lost its finiteness in this run.
+def make_finite_check(planned: Plan) -> Callable[[TrainState, Path | None], DivergenceError | None]:
+    """Return ``(state, last checkpoint) -> error``, an error if a tensor has lost its finiteness in this run.
 
     Verdicts are about losses and gradients. An update of a finite gradient may still be infinite (a schedule that gives
     NaN, an eps of 0, a float16 parameter), and so may a statistic of a finite batch.
@@ -54,18 +54,19 @@ def make_finite_check(planned: Plan) -> Callable[[TrainState, Path | None], None
     is_asked = planned.val_loader is not None or planned.config.out_dir is not None
     before = _not_finite(planned.state) if is_asked else set()  # a mask may be -inf from the beginning
 
-    def check_finite(state: TrainState, checkpoint: Path | None) -> None:
+    def spoilt(state: TrainState, checkpoint: Path | None) -> DivergenceError | None:
         lost = [name for name in _not_finite(state) if name not in before]
         if lost:
-            raise DivergenceError(
+            return DivergenceError(
                 "Training was halted: the state is no longer finite, though losses and gradients were.",
                 where=f"by step {state.cursor}: {listed(lost, 8)}",
                 expected="finite parameters, moments and buffers",
                 hint="for parameters and moments, look at lr, its schedule, eps, and float16; for buffers, look for "
                 f"examples of extreme size. This state was not saved; the last checkpoint is {checkpoint or 'none'}",
             )
+        return None
 
-    return check_finite
+    return spoilt
 
 
 def divergence(

@@ -100,8 +100,11 @@ def _describe_precision(name: str) -> str:
 def _describe_health(config: TrainConfig) -> str:
     spikes = {"off": "not looked for", "warn": "warned of", "skip": "skipped", "halt": "skipped, and halt the run"}
     norms = f"; gradient norm of each tensor every {config.health_every} steps" if config.health_every else ""
+    then = "halt the run"
+    if config.on_divergence == "rollback":
+        then = f"send it back to its last healthy checkpoint, at most {config.max_rollbacks} times"
     return (
-        f"steps with NaN or infinity are skipped, {config.halt_after} in a row halt the run; "
+        f"steps with NaN or infinity are skipped, {config.halt_after} in a row {then}; "
         f"spikes are {spikes[config.on_spike]}{norms}"
     )
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar, cast, dataclass_transform
 
@@ -135,7 +136,9 @@ def split(tree: T, sizes: Sequence[int]) -> Iterator[T]:
     >>> [part["x"].tolist() for part in split({"x": torch.arange(3)}, [1, 2])]
     [[0], [1, 2]]
     """
-    if type(tree) is tuple or type(tree) is list:
+    if tree is None or (_is_node(tree) and not _children(tree)):
+        yield from itertools.repeat(tree, len(sizes))
+    elif type(tree) is tuple or type(tree) is list:
         yield from map(type(tree), zip(*(split(child, sizes) for child in cast(Any, tree)), strict=True))
     elif _is_node(tree):
         columns = [split(child, sizes) for _, child in _children(tree)]

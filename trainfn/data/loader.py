@@ -32,6 +32,8 @@ _GATHERED_BYTES = 2**18  # of a CPU's second-level cache: the batches of tensors
 class Loader:
     """Shuffled batches of a data set, by number, going through epochs without end.
 
+    Tensors are gathered several batches ahead: what is written into them meanwhile is seen late.
+
     Args:
         data: a tensor or NumPy array, a tuple or dict of them that agree in their first dimension, or a map-style
             data set (``__len__``, ``__getitem__``). Batches keep the form. Or a function ``batch(index)``, whose

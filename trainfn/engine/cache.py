@@ -29,6 +29,7 @@ _VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 def kept_programs() -> Iterator[None]:
     """Let what is compiled inside be looked for and kept in the user's cache directory.
 
+    >>> import torch._inductor.runtime.cache_dir_utils      # sets the variable, where nobody has
     >>> before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     >>> with kept_programs():
     ...     pass

@@ -14,6 +14,7 @@ import functools
 import time
 import warnings
 from collections.abc import Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast, get_args
 
 import attrs
@@ -53,6 +54,9 @@ def compile(
 ) -> CompiledStep:
     """Return a step of the same signature and the same numbers, made to run fast.
 
+    A compiled program notices when a Python value that it was made of changes, and is made anew. It does not notice
+    exchanged submodules, hooks and functions, and attributes of classes: make another step then.
+
     Nothing is compiled before the first call; that call, and the first one for each new batch shape, takes seconds.
     Four shapes get a program. Batches of any further one are run in eager, to the same numbers, and a warning lists the
     shapes and says what helps: a run is not to be spent compiling, nor to be ended for it.
@@ -62,7 +66,8 @@ def compile(
         mode: ``"graph"``, ``"accum"``, ``"split"``, ``"eager"``, or ``"auto"``, which chooses from the device, the
             size of the model, what it accumulates and recomputes, and ``steps``. If the model cannot be compiled,
             ``auto`` says so and goes on in ``eager``.
-        donate: write the new state into the old one's memory. The old state is consumed: any use of it raises.
+        donate: write the new state into the old one's memory. The old state is consumed: any use of it raises. Tensors
+            that were taken out of it, and shallow copies, see the new numbers.
         cuda_graph: replay the step as one CUDA graph (:mod:`trainfn.engine.cudagraph`): ``"auto"`` where a few steps
             timed both ways show that it is faster, True always, False never. It needs donated states on a GPU. Not the
             default, because it has not been run on one yet.
@@ -224,7 +229,7 @@ class CompiledStep:
         try:
             draws = form.draws[key]
             if draws is not None:
-                with surroundings(self.step.model, state, training=True, draws=draws):
+                with surroundings(self.step.model, state, training=True, draws=draws), self._unchanged():
                     if self._capturing is not None:
                         return self._captured(self._capturing, form.program, held, batch, key)
                     return form.program(held.tensors, held.views, batch)
@@ -237,9 +242,13 @@ class CompiledStep:
                 return report
         except Exception as error:
             # Something else that the program was made for has changed, and to compile needs what _first_run sets.
-            if not type(error).__module__.startswith("torch._dynamo"):
+            if not type(error).__module__.startswith("torch._dynamo") and "fail_on_recompile" not in str(error):
                 raise
         return None
+
+    def _unchanged(self) -> AbstractContextManager[Any]:
+        """Make it an error to compile. Programs that differentiate cannot, but a forward alone would, and unseeded."""
+        return torch.compiler.set_stance("fail_on_recompile") if self.mode == "split" else nullcontext()
 
     @staticmethod
     def _captured(capturing: Capturing, program: Program, held: _Held, batch: Batch, key: Hashable) -> Report:
@@ -285,8 +294,8 @@ class CompiledStep:
         if self.compiles > 1:
             warnings.warn(f"Another program was compiled, in {seconds:.1f} s, {reason}", CompileWarning, stacklevel=5)
         if key not in form.draws:
-            form.draws[key] = None
             form.shapes.append(describe(batch))
+        form.draws = dict.fromkeys([*form.draws, key])  # what draws nothing may do so in another program
         return report
 
     def _refuse(self, error: Exception) -> None:
@@ -358,6 +367,8 @@ class _ConsumedState(TrainState):
 
 def _signature(tree: Tree) -> Hashable:
     return tuple(
-        (name, leaf.shape, leaf.dtype, leaf.device, leaf.requires_grad) if isinstance(leaf, Tensor) else (name, leaf)
+        (name, leaf.shape, leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad)
+        if isinstance(leaf, Tensor)
+        else (name, leaf)
         for name, leaf in named_leaves(tree)
     )

@@ -17,6 +17,7 @@ Between two programs, gradients are joined and added up by :mod:`trainfn.engine.
 
 from __future__ import annotations
 
+import re
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -79,7 +80,12 @@ class _Tensors:
         self.layout, self._places = layout, map_leaves(lambda leaf: next(places), form)
         leaves = [leaf for _, leaf in named_leaves(form)]
         size = sum(leaf.numel() for leaf in form.params.values())
-        self.is_wide = any(param.dtype == torch.float64 for param in form.params.values())
+        # PyTorch's kernels that write in place read scalars in float32; on a CPU that of SGD leaves most of a 16-bit
+        # parameter unwritten (2.13).
+        self.has_kernels = all(
+            param.dtype == torch.float32 or (param.is_cuda and param.dtype != torch.float64)
+            for param in form.params.values()
+        )
         # On a CPU a wrapper in C++ takes 100 us off a call and adds seconds to a compilation: for short steps.
         self.is_small = size <= SMALL and all(leaf.device.type == "cpu" for leaf in leaves)
 
@@ -101,7 +107,7 @@ class _Tensors:
 
 def _eager(step: Step, form: _Tensors, backend: Any) -> Program:
     layout, update = form.layout, form.update(step)
-    fused = None if form.is_wide else update.optimizer.fused
+    fused = update.optimizer.fused if form.has_kernels else None
 
     def program(tensors: list[Tensor], views: TrainState, batch: Batch) -> Report:
         parts = micro_batches(batch, step.accumulate)
@@ -222,14 +228,14 @@ def _guards(entries: Sequence[Any]) -> list[bool]:
     """Keep the guards on the batch, and on Python values that a model, a loss or an optimizer reads.
 
     The hundreds of others would take longer than a small step. A state's tensors are of one form, which the caller has
-    seen to. What goes unnoticed are hooks, submodules and functions that are exchanged after compiling.
+    seen to. What goes unnoticed after compiling are hooks, submodules and functions that are exchanged, attributes of
+    classes that change, and attributes that are set for the first time.
     """
     return [
-        entry.name.startswith("batch")
-        or (entry.guard_type in _VALUES and not any(part in entry.name for part in _INTERNAL))
+        entry.name.startswith("batch") or (entry.guard_type in _VALUES and not _INTERNAL.search(entry.name))
         for entry in entries
     ]
 
 
 _VALUES = {"CONSTANT_MATCH", "EQUALS_MATCH", "SEQUENCE_LENGTH"}
-_INTERNAL = ("__import_torch", "__import_trainfn", "__import_attr", "__import_contextlib", "type(", "form.", "layout.")
+_INTERNAL = re.compile(r"__import_(torch|trainfn|attr|contextlib)|type\(|^(form|layout)\.")

@@ -128,6 +128,9 @@ class TrainConfig:
         checkpoint: one or more patterns for names of modules, such as ``"blocks.*"``, whose activations are recomputed
             in the backward: less memory, more time, the same numbers; see :mod:`trainfn.recompute`.
         halt_after: stop the run after this many steps in a row with non-finite numbers.
+        on_divergence: what to do where the run has to stop: ``"halt"``, or ``"rollback"`` to the last healthy
+            checkpoint in ``out_dir`` and go on without the batches since; see :mod:`trainfn.rollback`.
+        max_rollbacks: how often, resumed parts of the run included, before it stops after all.
         on_spike: what to do about a loss or gradient norm far above its recent past: ``"warn"``, ``"skip"`` the step,
             ``"halt"`` the run, or ``"off"``; see :mod:`trainfn.health`.
         health_every: steps between rows with the gradient norm of each tensor, and which of them vanish (below 1e-7),
@@ -174,6 +177,8 @@ class TrainConfig:
         None, "a pattern for names of modules, or several", _is_patterns, optional=True
     )
     halt_after: int = _setting(3, "an int >= 1", _at_least(1))
+    on_divergence: Literal["halt", "rollback"] = _one_of("halt", "rollback")
+    max_rollbacks: int = _setting(3, "an int >= 1", _at_least(1))
     on_spike: Literal["off", "warn", "skip", "halt"] = _one_of("warn", "off", "skip", "halt")
     health_every: int | None = _setting(100, "an int >= 1", _at_least(1), optional=True)
     noise_scale_every: int | None = _setting(None, "an int >= 1", _at_least(1), optional=True)
@@ -190,6 +195,8 @@ class TrainConfig:
             wrong.append("max_steps and max_epochs both missing: say how long to train")
         if self.resume == "auto" and self.out_dir is None:
             wrong.append('resume="auto" without out_dir: there is nowhere to look')
+        if self.on_divergence == "rollback" and self.out_dir is None and not self.fast_dev_run:
+            wrong.append('on_divergence="rollback" without out_dir: there are no checkpoints to go back to')
         if wrong:
             raise ConfigError("The settings cannot be used.", got="\n    ".join(["", *wrong]))
 
