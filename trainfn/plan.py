@@ -16,6 +16,7 @@ from trainfn.data import Loader
 from trainfn.directory import check_writable, machine, make_retention, resume
 from trainfn.engine import CompiledStep, compile
 from trainfn.errors import ConfigError, DataError, ModelError, TrainfnError
+from trainfn.faults import is_out_of_memory, memory_error
 from trainfn.loss import Loss, LossSum
 from trainfn.metric import Metric, resolve
 from trainfn.optim import Transform, adamw, matrices_only, warmup_cosine
@@ -91,6 +92,7 @@ def plan(
         ConfigError: settings that are unknown, out of range, or contradict each other; an unusable ``out_dir``.
         CompileError: ``cuda_graph=True`` without a GPU.
         DataError, ModelError: data, model and loss do not go together.
+        StepMemoryError: the first micro-batch does not fit into memory.
         CheckpointError: there is a checkpoint, and it cannot be continued from.
 
     >>> made = plan(nn.Linear(2, 2), (torch.ones(8, 2), torch.zeros(8, dtype=torch.long)),
@@ -218,13 +220,20 @@ def _loaders(
         shuffle=config.shuffle,
         drop_last=config.drop_last,
         workers=config.workers,
+        timeout=config.worker_timeout,
         pin=pin,
         collate=collate,
     )
     if val_data is None:
         return loader, None
     return loader, Loader(
-        val_data, batch_size=config.batch_size, shuffle=False, workers=config.workers, pin=pin, collate=collate
+        val_data,
+        batch_size=config.batch_size,
+        shuffle=False,
+        workers=config.workers,
+        timeout=config.worker_timeout,
+        pin=pin,
+        collate=collate,
     )
 
 
@@ -262,9 +271,11 @@ def _first_loss(step: Step, state: TrainState, batch: Batch) -> LossSum:
     try:
         with surroundings(step.model, state, training=True), torch.no_grad():
             found = step.loss(state.params, buffers, part)
-    except (TrainfnError, torch.OutOfMemoryError):
+    except TrainfnError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise memory_error(error, "the plan", part, batch_length(part), step.accumulate) from error
         text = str(error).strip().splitlines()[0] if str(error).strip() else ""
         kind = DataError if isinstance(error, IndexError) else ModelError
         raise kind(

@@ -24,6 +24,7 @@ _OTHER_NAMES = {  # what Lightning, Hugging Face and Keras call our settings: an
     "train_batch_size": "batch_size",
     "num_workers": "workers",
     "dataloader_num_workers": "workers",
+    "timeout": "worker_timeout",
     "default_root_dir": "out_dir",
     "output_dir": "out_dir",
     "resume_from_checkpoint": "resume",
@@ -119,6 +120,7 @@ class TrainConfig:
         shuffle: a new order of the training data every epoch.
         drop_last: leave out the short step at the end of an epoch.
         workers: processes that fetch batches.
+        worker_timeout: seconds to wait for a batch from them before the run ends with an error; None for ever.
         device: ``"auto"`` (a GPU if there is one) or a torch device.
         compile: ``"auto"``, ``"eager"``, ``"graph"``, ``"split"`` or ``"accum"``; see :func:`trainfn.compile`.
         cuda_graph: replay each step as one CUDA graph: ``"auto"`` where timed steps show that it is faster, True always
@@ -167,6 +169,7 @@ class TrainConfig:
     shuffle: bool = _setting(True, "a bool", _is_bool)
     drop_last: bool = _setting(False, "a bool", _is_bool)
     workers: int = _setting(0, "an int >= 0", _at_least(0))
+    worker_timeout: float | None = _setting(None, "a number > 0", _positive, optional=True)
     device: str = _setting("auto", '"auto" or the name of a device', lambda v: isinstance(v, str))
     compile: Literal["auto", "eager", "graph", "split", "accum"] = _one_of("auto", "eager", "graph", "split", "accum")
     cuda_graph: Literal["auto"] | bool = _setting(False, '"auto" or a bool', lambda v: v == "auto" or _is_bool(v))
