@@ -332,7 +332,7 @@ def test_a_failing_example_is_named_with_its_batch(workers: int) -> None:
     next(batches)
     with pytest.raises(DataError, match="example 7 failed") as caught:
         next(batches)
-    assert caught.value.where == "batch 1, examples [4, 5, 6, 7]"
+    assert caught.value.where == "batch 1, examples [4, 5, 6, 7]" + (", in data worker 0" if workers else "")
     assert caught.value.got == "KeyError: 'no such row'"
     assert "no such row" in str(caught.value.__cause__)
     assert isinstance(caught.value.__cause__, RuntimeError if workers else KeyError)

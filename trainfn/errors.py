@@ -88,6 +88,10 @@ class DivergenceError(TrainfnError, ArithmeticError):
     capsule: Path | None = None
 
 
+class StepMemoryError(TrainfnError, MemoryError):
+    """There is not enough memory for a step. The allocator's own error is the ``__cause__``."""
+
+
 class MissingPackageError(TrainfnError, ImportError):
     """An optional package is needed; the message holds the command that installs it."""
 

@@ -17,11 +17,13 @@ from torch import nn
 from trainfn.batch import Batch
 from trainfn.data import CopyStream, prefetched
 from trainfn.engine import collecting_at_rows
+from trainfn.errors import CheckpointError, DivergenceError
 from trainfn.evaluation import check_noise, evaluate_plan, noise_columns
+from trainfn.faults import Rescue, is_out_of_memory, memory_error
 from trainfn.halt import divergence, make_finite_check, make_halt_check
 from trainfn.loss import Loss
 from trainfn.metric import Metric
-from trainfn.observers import Observer, Progress, Recorder
+from trainfn.observers import Observer, Progress, Recorder, observe
 from trainfn.optim import Transform
 from trainfn.plan import Plan, decide, plan
 from trainfn.result import FitResult, best_row, checkpoint_at
@@ -86,7 +88,9 @@ def fit(
             longer finite, because of an update or a forward; it is not saved. With ``on_divergence="rollback"``, only
             after ``max_rollbacks`` (:mod:`trainfn.rollback`).
         RunLockedError: somebody else is writing into ``out_dir``.
-        CheckpointWriteError: a checkpoint could not be written, with ``on_save_error="stop"``.
+        CheckpointWriteError: a checkpoint or a row could not be written, with ``on_save_error="stop"``.
+        StepMemoryError: there is no memory for a step; the error says what to lower.
+        Anything else that observers, data or evaluation raise: the state before it is saved, and a note says where.
 
     >>> import torch
     >>> _ = torch.manual_seed(0)
@@ -143,16 +147,27 @@ def carry_out(planned: Plan, observers: Sequence[Observer] = (), on_signal: OnSi
     def answer(told: signal.Signals) -> bool:
         return on_signal is not None and bool(on_signal(told, saver.drain())) and told == signal.SIGUSR1
 
+    def rescue(error: Exception) -> None:
+        here = course.state
+        if config.out_dir is None or here is None or isinstance(error, (DivergenceError, CheckpointError)):
+            return
+        try:
+            if spoilt_by(here, saver.newest) is None:
+                recorder.rest(here)
+                error.add_note(f"The state after step {here.cursor} is saved in {keep(here)}.")
+        except CheckpointError as failure:  # which must not hide why the run ends
+            error.add_note(f"The state after step {here.cursor} could not be saved: {failure.what}")
+
     left, unsaved = None, False
     taken = contextlib.closing(Course(planned, run))
-    with listening(usr1=on_signal is not None) as listener, saver, taken as course, collecting_at_rows() as collect:
+    listened = listening(usr1=on_signal is not None)
+    with listened as listener, saver, taken as course, collecting_at_rows() as collect, Rescue(rescue):
         if rollback.wanted and not steps(config.out_dir or ""):
             saver.save(state, **known())
         for state in until_told(course, listener):
             recorder.step(state)
             progress.step(state)
-            for observer in observers:
-                observer(state)
+            observe(observers, state)
             saver.check()
             told = listener.heard
             late = config.save_every_minutes and time.perf_counter() - saved >= 60 * config.save_every_minutes
@@ -222,7 +237,13 @@ def run(planned: Plan) -> Iterator[TrainState]:
         batches = prefetched(batches, CopyStream(planned.device))
     try:
         for batch in batches:
-            state = planned.step(state, planned.to_device(batch))
+            try:
+                state = planned.step(state, planned.to_device(batch))
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                sizes = planned.config.batch_size, planned.config.accumulate
+                raise memory_error(error, f"step {state.cursor + 1}", batch, *sizes) from error
             yield state
     finally:
         batches.close()

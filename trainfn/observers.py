@@ -19,12 +19,23 @@ from trainfn.health import AILMENTS, ALARMING, REFUSED, HealthWarning, Verdict, 
 from trainfn.plan import Plan
 from trainfn.result import Row
 from trainfn.state import Report, TrainState, trainable
-from trainfn.store import History, cut, rows
+from trainfn.store import CheckpointWarning, CheckpointWriteError, History, Place, cut, rows
 
 _COLUMNS = ("loss", "weight", "grad_norm", "lr")
 
 Observer = Callable[[TrainState], object]
 """A function that is called with the state after every step. It may keep it only until the next one."""
+
+
+def observe(observers: Sequence[Observer], state: TrainState) -> None:
+    """Call observers with a state. An error of one of them gets a note that says which."""
+    for observer in observers:
+        try:
+            observer(state)
+        except Exception as error:
+            name = getattr(observer, "__qualname__", type(observer).__qualname__)
+            error.add_note(f"It was raised by the observer {name}, after step {state.cursor}.")
+            raise
 
 
 class Recorder:
@@ -43,7 +54,7 @@ class Recorder:
         if plan.config.out_dir is not None:
             path = Path(plan.config.out_dir, "history.jsonl")
             cut(path, plan.state.cursor)
-            self._history, self.rows = History(path), list(rows(path))
+            self._history, self._place, self.rows = History(path), Place(path.parent), list(rows(path))
 
     def step(self, state: TrainState) -> None:
         """Remember the report of a step."""
@@ -71,8 +82,23 @@ class Recorder:
         row |= {**metrics, "seconds": round(seconds, 3)}
         self.rows.append(row)
         if self._history is not None:
-            self._history.append(row)
+            self._append(self._history, row)
         return row
+
+    def rest(self, state: TrainState) -> None:
+        """Write a row of the steps since the last one, if there are any."""
+        if self._pending:
+            self.row(state, {})
+
+    def _append(self, history: History, row: Row) -> None:
+        try:
+            self._place.check()
+            history.append(row)
+        except CheckpointWriteError as error:
+            if self._plan.config.on_save_error == "stop":
+                raise
+            text = f"A row of the history was not written, and the run goes on: {error}"
+            warnings.warn(text, CheckpointWarning, stacklevel=5)
 
     def _verdicts(self, state: TrainState) -> dict[int, Verdict]:
         """Read the pending verdicts, by number of batch."""

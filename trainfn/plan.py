@@ -16,6 +16,7 @@ from trainfn.data import Loader
 from trainfn.directory import check_writable, machine, make_retention, resume
 from trainfn.engine import CompiledStep, compile
 from trainfn.errors import ConfigError, DataError, ModelError, TrainfnError
+from trainfn.faults import is_out_of_memory, memory_error
 from trainfn.loss import Loss, LossSum
 from trainfn.metric import Metric, resolve
 from trainfn.optim import Transform, adamw, matrices_only, warmup_cosine
@@ -96,6 +97,7 @@ def plan(
         ConfigError: settings that are unknown, out of range, or contradict each other; an unusable ``out_dir``.
         CompileError: ``cuda_graph=True`` without a GPU.
         DataError, ModelError: data, model and loss do not go together.
+        StepMemoryError: the first micro-batch does not fit into memory.
         CheckpointError: there is a checkpoint, and it cannot be continued from.
 
     >>> made = plan(nn.Linear(2, 2), (torch.ones(8, 2), torch.zeros(8, dtype=torch.long)),
@@ -235,6 +237,7 @@ def _loaders(config: TrainConfig, taken: Intake, device: torch.device) -> tuple[
         shuffle=config.shuffle,
         drop_last=config.drop_last,
         workers=config.workers,
+        timeout=config.worker_timeout,
         pin=pin,
         collate=taken.collate,
     )
@@ -245,6 +248,7 @@ def _loaders(config: TrainConfig, taken: Intake, device: torch.device) -> tuple[
         batch_size=config.batch_size,
         shuffle=False,
         workers=config.workers,
+        timeout=config.worker_timeout,
         pin=pin,
         collate=taken.val_collate,
     )
@@ -288,9 +292,11 @@ def _first_loss(step: Step, state: TrainState, batch: Batch, loaders: dict[str, 
             guarding(step.model, step.strategy, part, loaders),
         ):
             found = step.loss(state.params, buffers, part)
-    except (TrainfnError, torch.OutOfMemoryError, Warning):
+    except (TrainfnError, Warning):
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise memory_error(error, "the plan", part, batch_length(part), step.accumulate) from error
         text = str(error).strip().splitlines()[0] if str(error).strip() else ""
         kind = DataError if isinstance(error, IndexError) else ModelError
         raise kind(

@@ -106,6 +106,9 @@ class Rollback:
 class Course:
     """The states of a run, which may be sent back: after ``go_on``, the next one is the step from another state.
 
+    Attributes:
+        state: the last one; None before the first.
+
     >>> plan = attrs.make_class("Plan", ["state"])(3)
     >>> course = Course(plan, lambda plan: iter(range(plan.state, 6)))
     >>> next(course), next(course), course.go_on(1), next(course)
@@ -115,17 +118,20 @@ class Course:
     def __init__(self, planned: Plan, run: Callable[[Plan], Iterator[TrainState]]) -> None:
         self._planned, self._run = planned, run
         self._states = run(planned)
+        self.state: TrainState | None = None
 
     def __iter__(self) -> Iterator[TrainState]:
         return self
 
     def __next__(self) -> TrainState:
-        return next(self._states)
+        self.state = next(self._states)
+        return self.state
 
     def go_on(self, state: TrainState) -> TrainState:
         """Leave the states that would have come, and go on from this one, which is returned."""
         self.close()
         self._states = self._run(attrs.evolve(self._planned, state=state))
+        self.state = state
         return state
 
     def close(self) -> None:

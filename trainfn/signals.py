@@ -13,11 +13,12 @@ import contextlib
 import os
 import signal
 import threading
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
+
+from trainfn.faults import comes_from_data
 
 T = TypeVar("T")
 
@@ -59,13 +60,10 @@ def listening(*, usr1: bool = False) -> Iterator[Listener]:
         listener.heard = signal.Signals(number)
         if number == signal.SIGUSR1:
             return
-        # The next one is not for us. PyTorch's SIGCHLD handler would raise in mid-step because a data worker, which a
-        # terminal or a cluster signals as well, has ended; no more batches are needed.
+        # The next one is not for us.
         for other, action in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
             if other in before:
                 signal.signal(other, action)
-        before.setdefault(signal.SIGCHLD, signal.getsignal(signal.SIGCHLD))
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
     wanted: list[signal.Signals] = [signal.SIGTERM, signal.SIGINT, *([signal.SIGUSR1] if usr1 else [])]
     try:
@@ -88,8 +86,7 @@ def until_told(states: Iterator[T], listener: Listener) -> Iterator[T]:
     try:
         yield from states
     except Exception as error:
-        frames = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
-        if listener.heard is None or not any(name.startswith("trainfn.data") for name in frames):
+        if listener.heard is None or not comes_from_data(error.__traceback__):
             raise
 
 

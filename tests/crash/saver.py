@@ -2,6 +2,7 @@
 
     python -m tests.crash.saver RUN at-random KILLS SEED
     python -m tests.crash.saver RUN at-every-call
+    python -m tests.crash.saver RUN at-byte-positions POSITIONS
     python -m tests.crash.saver RUN pruning
     python -m tests.crash.saver RUN pruning-by-deletion
     python -m tests.crash.saver RUN cleaning
@@ -16,6 +17,7 @@ import itertools
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
@@ -113,6 +115,38 @@ def at_every_call(run: Path) -> dict[str, int]:
         for step in steps(run)[1:]:
             shutil.rmtree(step)
     raise AssertionError("unreachable")
+
+
+def at_byte_positions(run: Path, positions: int) -> dict[str, int]:
+    """Have the kernel kill a save when a file reaches a length: first of the tensors' file, then of the manifest.
+
+    Python ignores SIGXFSZ; with the default back in place, the write that would pass RLIMIT_FSIZE is cut short, and the
+    next one is the process's last.
+    """
+    kills = whole = 0
+    for width, config in ((2000, {}), (1, {"text": "x" * 40_000})):
+        shutil.rmtree(run, ignore_errors=True)
+        old = save(make_state(0, width), run, config=config)
+        longest = max(os.path.getsize(old / name) for name in ("state.safetensors", "manifest.json"))
+        for number in range(positions // 2):
+            limit = number * longest // (positions // 2 - 1)
+
+            def work(acknowledge: Callable[[int], object], limit: int = limit) -> None:
+                signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+                save(make_state(1, width), run, config=config)  # noqa: B023
+                acknowledge(1)
+
+            acknowledged = killed(work, after=None)
+            found = [verify(step).cursor for step in steps(run)]
+            assert found == ([0, 1] if acknowledged == 1 else [0]), (limit, acknowledged, found)
+            kills += acknowledged != 1
+            whole += acknowledged == 1
+            clean(run)
+            assert hidden(run) == []
+            if acknowledged == 1:
+                shutil.rmtree(run / "step_00000001")
+    return {"kills": kills, "whole": whole}
 
 
 def pruning(run: Path, take_away: Callable[[Path], object] = disk.remove) -> dict[str, int]:
@@ -230,6 +264,6 @@ if __name__ == "__main__":
     warnings.simplefilter("error")  # nothing that a kill leaves behind may need walking back over
     torch.set_num_threads(1)
     run, how, *numbers = sys.argv[1:]
-    ways = (at_random, at_every_call, pruning, pruning_by_deletion, cleaning, overwriting)
+    ways = (at_random, at_every_call, at_byte_positions, pruning, pruning_by_deletion, cleaning, overwriting)
     way: Callable[..., dict[str, int]] = {way.__name__.replace("_", "-"): way for way in ways}[how]
     print(json.dumps(way(Path(run), *map(int, numbers))))

@@ -36,6 +36,11 @@ def test_killed_before_every_system_call(tmp_path: Path) -> None:
     assert result == {"kills": 12, "saved": 1}
 
 
+@pytest.mark.parametrize("positions", [60, pytest.param(500, marks=pytest.mark.slow)])
+def test_killed_at_byte_positions(tmp_path: Path, positions: int) -> None:
+    assert outcome(tmp_path / "run", "at-byte-positions", positions) == {"kills": positions - 2, "whole": 2}
+
+
 def test_killed_before_every_call_of_a_later_save_and_its_pruning(tmp_path: Path) -> None:
     result = outcome(tmp_path / "run", "pruning")
     assert result == {"kills": 31, "half": 0}

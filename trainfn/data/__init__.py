@@ -6,6 +6,7 @@ forms.py       the forms that data comes in: arrays as tensors, what a ``DataLoa
 source.py      what counts as data: tensors, which are gathered, data sets, which are asked, functions
 loader.py      ``Loader``: batches by number, in this process or in workers
 prefetch.py    ``prefetched``: a batch copied to a GPU while the step before it runs
+workers.py     ``delivered``: from data workers; what is said where one dies or hangs
 split.py       ``split``: some examples held out
 collate.py     ``Collator``: items stacked, and finished
 collators.py   collators by name: ``"text"``, ``"mlm"``, ``"image"``, ``"table"``, ``"default"``

@@ -8,6 +8,7 @@ each of them finds out by itself which examples a number means.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import traceback
 from collections.abc import Generator, Iterator
@@ -20,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from trainfn.data.collators import Collate
 from trainfn.data.order import order
 from trainfn.data.source import Batch, Source, Tensors, is_function, make_source
+from trainfn.data.workers import POLL, delivered
 from trainfn.errors import ConfigError, TrainfnError
 from trainfn.tree import digest, map_leaves, named_leaves, split
 
@@ -43,6 +45,7 @@ class Loader:
         shuffle: a new order every epoch; the data set's own order if False.
         drop_last: leave out the last batch of an epoch when it would be short.
         workers: processes that fetch batches; 0 fetches in this one. The batches are the same.
+        timeout: seconds to wait for a batch from the workers; None for ever.
         pin: put batches into page-locked memory, for faster copies, where there is an accelerator.
         collate: makes a batch of a list of items: a function, a :class:`trainfn.data.Collator`, or the name of one;
             items are stacked if None.
@@ -72,6 +75,7 @@ class Loader:
         shuffle: bool = True,
         drop_last: bool = False,
         workers: int = 0,
+        timeout: float | None = None,
         pin: bool = False,
         collate: str | Collate | None = None,
     ) -> None:
@@ -90,7 +94,7 @@ class Loader:
             )
         self.batches_per_epoch = self.examples // batch_size if drop_last else -(-self.examples // batch_size)
         self.batch_size, self.seed, self.shuffle, self.drop_last = batch_size, seed, shuffle, drop_last
-        self.workers, self.pin = workers, pin
+        self.workers, self.timeout, self.pin = workers, timeout, pin
         self._width = min(batch_size, self.examples)
         self._block_batches = max(1, min(_BLOCK_BATCHES, _BLOCK_POSITIONS // self._width))
         self._block: tuple[int, Tensor] = (-1, torch.empty(0))
@@ -133,7 +137,7 @@ class Loader:
 
         Raises:
             ConfigError: a number is negative.
-            DataError: (from the iterator) as for :meth:`batch`.
+            DataError: (from the iterator) as for :meth:`batch`; or a worker has died, or hangs.
 
         >>> loader = Loader(torch.arange(10), batch_size=4)
         >>> one, another = next(loader.batches(5)), loader.batch(5)
@@ -200,22 +204,19 @@ class Loader:
         if not self.workers and not self.pin:  # a DataLoader's own work, 50 us a batch, is of no use then
             yield from self._gathered(numbers) if isinstance(self._source, Tensors) else map(self.batch, numbers)
             return
-        parcels = iter(
-            DataLoader(
-                _Parcels(self),
-                sampler=numbers,
-                batch_size=None,
-                collate_fn=_unchanged,
-                num_workers=self.workers,
-                pin_memory=self.pin and torch.accelerator.is_available(),
-                generator=torch.Generator(),  # an iterator draws a seed for its workers when it starts
-            )
+        parcels = DataLoader(
+            _Parcels(self),
+            sampler=numbers,
+            batch_size=None,
+            collate_fn=_unchanged,
+            num_workers=self.workers,
+            timeout=POLL if self.workers else 0,
+            pin_memory=self.pin and torch.accelerator.is_available(),
+            generator=torch.Generator(),  # an iterator draws a seed for its workers when it starts
         )
-        try:
-            for parcel in parcels:
+        with contextlib.closing(delivered(parcels, numbers, limit=self.timeout)) as arriving:
+            for parcel in arriving:
                 yield parcel.open()
-        finally:
-            del parcels  # the last reference: this is what shuts the workers down
 
 
 class _Parcel:
@@ -250,8 +251,11 @@ class _Parcels(Dataset[_Parcel]):
         try:
             return _Parcel(self._loader.batch(cursor))
         except TrainfnError as error:
-            cause = error.__cause__
-            if cause is not None and get_worker_info() is not None:
+            cause, worker = error.__cause__, get_worker_info()
+            if worker is not None:
+                where = f"{error.where}, in data worker {worker.id}"
+                error = type(error)(error.what, where=where, expected=error.expected, got=error.got, hint=error.hint)
+            if cause is not None and worker is not None:
                 # A traceback cannot be pickled, and an exception of the data set's own class may not be.
                 cause = RuntimeError("in a data worker:\n" + "".join(traceback.format_exception(cause)))
             return _Parcel(None, error, cause)

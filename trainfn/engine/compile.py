@@ -247,8 +247,12 @@ class CompiledStep:
         return None
 
     def _unchanged(self) -> AbstractContextManager[Any]:
-        """Make it an error to compile. Programs that differentiate cannot, but a forward alone would, and unseeded."""
-        return torch.compiler.set_stance("fail_on_recompile") if self.mode == "split" else nullcontext()
+        """Make it an error to compile. Programs that differentiate cannot, but a forward alone would, and unseeded.
+
+        Where activations are recomputed it is left alone: there, PyTorch itself has frames looked at in the backward.
+        """
+        watched = self.mode == "split" and not self.step.checkpoint
+        return torch.compiler.set_stance("fail_on_recompile") if watched else nullcontext()
 
     @staticmethod
     def _captured(capturing: Capturing, program: Program, held: _Held, batch: Batch, key: Hashable) -> Report:

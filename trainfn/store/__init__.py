@@ -19,7 +19,7 @@
 
 from trainfn.store.capsule import Capsule, load_capsule, read_notes, save_capsule
 from trainfn.store.checkpoint import CheckpointWarning, glance, load, restore, save, steps
-from trainfn.store.disk import CheckpointDamagedError, CheckpointWriteError
+from trainfn.store.disk import CheckpointDamagedError, CheckpointWriteError, Place
 from trainfn.store.history import History, cut, rows
 from trainfn.store.lock import RunLockedError, writing
 from trainfn.store.manifest import Manifest
@@ -37,6 +37,7 @@ __all__ = [
     "Entry",
     "History",
     "Manifest",
+    "Place",
     "Retention",
     "RunLockedError",
     "Saver",

@@ -163,6 +163,53 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+class Place:
+    """A directory that is to stay the one that it is for as long as something is written into it.
+
+    Whatever writes would make it anew, but without the lock, and without what was in it.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as home:
+    ...     place = Place(Path(home))
+    ...     place.check()
+    >>> place.check()
+    Traceback (most recent call last):
+        ...
+    trainfn.store.disk.CheckpointWriteError: The run directory has been taken away.
+    ...
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._identity = self._look() if path.exists() else None
+
+    def check(self) -> None:
+        """Hold that it is still there; the first time that it is there, remember which one it is.
+
+        Raises:
+            CheckpointWriteError: it is gone, or another one is in its place.
+        """
+        if self._identity is None:
+            self._identity = self._look() if self._path.exists() else None
+        elif self._look() != self._identity:
+            raise self._error("another one is in its place")
+
+    def _look(self) -> tuple[int, int]:
+        try:
+            status = os.stat(self._path)
+        except OSError as error:
+            raise self._error(error.strerror or str(error)) from error
+        return status.st_dev, status.st_ino
+
+    def _error(self, got: str) -> CheckpointWriteError:
+        return CheckpointWriteError(
+            "The run directory has been taken away.",
+            where=self._path,
+            got=got,
+            hint="what was saved went with it; put it back and resume, or begin in another out_dir",
+        )
+
+
 @contextlib.contextmanager
 def reporting(path: Path, needed: int) -> Iterator[None]:
     """Turn an ``OSError`` into a :class:`CheckpointWriteError` that says how much room was needed and is left."""

@@ -8,6 +8,7 @@ seen before any field is believed.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import attrs
@@ -18,6 +19,14 @@ from trainfn.store.disk import CheckpointDamagedError
 from trainfn.store.strict_json import Json, canonical, loads
 
 FORMAT = 1
+
+MIGRATIONS: dict[int, Callable[[dict[str, Json]], dict[str, Json]]] = {}
+"""By format: a pure function from the fields of a manifest of that format to those of the next one.
+
+Empty, because there is only one. Whoever changes what a checkpoint is makes FORMAT larger, adds a line here, and leaves
+the checkpoint of the old format under ``tests/golden`` to be loaded for ever.
+"""
+
 MAX_MANIFEST_BYTES = 64 << 20
 
 
@@ -113,6 +122,9 @@ def parse(raw: bytes, *, where: object = None) -> Manifest:
         raise CheckpointDamagedError("The manifest is not one.", where=where, got=repr(error)[:80]) from error
     if not is_canonical or digest != sha256(rest):
         raise CheckpointDamagedError("The manifest is not as it was written: its digest or form is off.", where=where)
+    while type(fields.get("format")) is int and fields["format"] in MIGRATIONS:
+        fields = MIGRATIONS[fields["format"]](fields)
+        rest = canonical(fields)
     if fields.get("format") != FORMAT:
         raise CheckpointError(
             "The checkpoint has a format that this version of trainfn does not know.",

@@ -21,6 +21,7 @@ from torch import Tensor
 from trainfn.errors import CheckpointError
 from trainfn.state import TrainState
 from trainfn.store.checkpoint import CheckpointWarning, RunPath, save, step_name
+from trainfn.store.disk import Place
 from trainfn.store.retention import Entry, Retention, prune
 from trainfn.tree import map_leaves
 
@@ -59,6 +60,7 @@ class Saver:
     ) -> None:
         self.last = last
         self._run, self._retention = Path(run), retention or Retention()
+        self._place = Place(self._run)
         self._background, self._on_error = background, on_error
         self._known: dict[int, Entry] = {}
         self._job: _Job | None = None
@@ -132,6 +134,7 @@ class Saver:
         return self.last
 
     def _write(self, state: TrainState, known: dict[str, Any]) -> None:
+        self._place.check()
         save(state, self._run, **known)
         prune(self._run, self._retention, newest=state.cursor, known=self._known)
 

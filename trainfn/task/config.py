@@ -24,6 +24,7 @@ _OTHER_NAMES = {  # what Lightning, Hugging Face and Keras call our settings: an
     "train_batch_size": "batch_size",
     "num_workers": "workers",
     "dataloader_num_workers": "workers",
+    "timeout": "worker_timeout",
     "default_root_dir": "out_dir",
     "output_dir": "out_dir",
     "resume_from_checkpoint": "resume",
@@ -121,6 +122,7 @@ class TrainConfig:
         workers: processes that fetch batches.
         check_data: look at a sample of the data before the first step, for labels and ids out of range, NaN and
             sequences that are too short; see :mod:`trainfn.task.guard`.
+        worker_timeout: seconds to wait for a batch from them before the run ends with an error; None for ever.
         device: ``"auto"`` (a GPU if there is one) or a torch device.
         compile: ``"auto"``, ``"eager"``, ``"graph"``, ``"split"`` or ``"accum"``; see :func:`trainfn.compile`.
         cuda_graph: replay each step as one CUDA graph: ``"auto"`` where timed steps show that it is faster, True always
@@ -170,6 +172,7 @@ class TrainConfig:
     drop_last: bool = _setting(False, "a bool", _is_bool)
     workers: int = _setting(0, "an int >= 0", _at_least(0))
     check_data: bool = _setting(True, "a bool", _is_bool)
+    worker_timeout: float | None = _setting(None, "a number > 0", _positive, optional=True)
     device: str = _setting("auto", '"auto" or the name of a device', lambda v: isinstance(v, str))
     compile: Literal["auto", "eager", "graph", "split", "accum"] = _one_of("auto", "eager", "graph", "split", "accum")
     cuda_graph: Literal["auto"] | bool = _setting(False, '"auto" or a bool', lambda v: v == "auto" or _is_bool(v))
