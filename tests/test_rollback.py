@@ -41,6 +41,7 @@ def options(**settings: Any) -> dict[str, Any]:
     return {
         "loss": "classification", "optimizer": adamw(lr=0.01), "batch_size": 4, "shuffle": False, "save_every": 3,
         "log_every": 1, "ema": 0.9, "device": "cpu", "compile": "eager", "progress": False, "max_steps": 9,
+        "check_data": False,
     } | settings  # fmt: skip
 
 
