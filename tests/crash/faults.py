@@ -40,6 +40,7 @@ class Disk:
 
     Attributes:
         events: (call, path) in order; a rename's path is where to.
+        details: of each event, where from a rename is, what a write has written, and the whole path of a deletion.
         fails: is asked with the number and name of each call; an errno it returns is raised instead of calling.
         drops: is asked likewise; True leaves the call out, unrecorded, as if the code had forgotten it.
         chunk: most bytes that one write takes.
@@ -47,6 +48,7 @@ class Disk:
     """
 
     events: list[tuple[str, Path]] = attrs.field(factory=list)
+    details: list[Any] = attrs.field(factory=list)
     fails: Callable[[int, str], int | None] = lambda number, call: None
     drops: Callable[[int, str], bool] = lambda number, call: False
     chunk: int = 1 << 30
@@ -60,14 +62,18 @@ class Disk:
         real = SimpleNamespace(**{name: getattr(os, name) for name in names})
         paths: dict[int, Path] = {}
 
-        def call(name: str, path: Path, act: Callable[[], Any]) -> Any:
+        def call(name: str, path: Path, act: Callable[[], Any], detail: Any = None) -> Any:
             self.count += 1
             if (error := self.fails(self.count, name)) is not None:
                 raise OSError(error, os.strerror(error), str(path))
             if self.drops(self.count, name):
                 return None
             self.events.append((name, path))
+            self.details.append(detail)
             return act()
+
+        def whole(path: Any, dir_fd: int | None = None) -> Path:
+            return Path(path) if dir_fd is None else Path(os.readlink(f"/proc/self/fd/{dir_fd}"), path)
 
         def open_(path: Any, flags: int, *args: Any, **kwargs: Any) -> int:
             def act() -> int:
@@ -82,17 +88,22 @@ class Disk:
         def write(descriptor: int, data: Any) -> int:
             if descriptor not in paths:  # a pipe
                 return int(real.write(descriptor, data))
-            return int(call("write", paths[descriptor], lambda: real.write(descriptor, data[: self.chunk])))
+            part = bytes(data[: self.chunk])
+            return int(call("write", paths[descriptor], lambda: real.write(descriptor, part), part))
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(os, "open", open_)
             patch.setattr(os, "mkdir", lambda p, *a, **k: call("mkdir", Path(p), lambda: real.mkdir(p, *a, **k)))
             patch.setattr(os, "write", write)
             patch.setattr(os, "fsync", lambda fd: call("fsync", paths[fd], lambda: real.fsync(fd)))
-            patch.setattr(os, "rename", lambda a, b: call("rename", Path(b), lambda: real.rename(a, b)))
+            patch.setattr(os, "rename", lambda a, b: call("rename", Path(b), lambda: real.rename(a, b), Path(a)))
             if self.deletes:
-                patch.setattr(os, "unlink", lambda p, **k: call("unlink", Path(p), lambda: real.unlink(p, **k)))
-                patch.setattr(os, "rmdir", lambda p, **k: call("rmdir", Path(p), lambda: real.rmdir(p, **k)))
+                patch.setattr(
+                    os, "unlink", lambda p, **k: call("unlink", Path(p), lambda: real.unlink(p, **k), whole(p, **k))
+                )
+                patch.setattr(
+                    os, "rmdir", lambda p, **k: call("rmdir", Path(p), lambda: real.rmdir(p, **k), whole(p, **k))
+                )
             yield self
 
 
