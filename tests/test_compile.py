@@ -405,12 +405,14 @@ import resource, sys, torch, trainfn
 torch.set_num_threads(1)
 model, optimizer = torch.nn.Linear(3_072, 3_072, bias=False), trainfn.optim.adamw()
 step = trainfn.make_step(model, loss="mse", optimizer=optimizer)
-step = trainfn.compile(step, mode="graph", donate=True, backend="aot_eager")
+step = trainfn.compile(step, mode="accum", donate=True, backend="eager")
 state, batch = trainfn.init(model, optimizer), (torch.ones(2, 3_072), torch.zeros(2, 3_072))
-for index in range(4):
+found = []
+for index in range(6):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     state = step(state, batch)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    found.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(min(found[2:]))  # a system may take pages away from a process that waits
 """
 
 
