@@ -163,7 +163,7 @@ class Loader:
         return digest({"examples": self.examples, "few": self._source.sample(few)})[:16]
 
     def _gathered(self, numbers: range) -> Iterator[Batch]:
-        """Yield batches of tensors, views of several that are gathered at a time: a call costs more than a few rows."""
+        """Yield batches of tensors, several gathered at a time: a call costs more than a few rows."""
         start = numbers.start
         while start < numbers.stop:
             first = self.batch(start)
@@ -176,7 +176,8 @@ class Loader:
             if count > 0:
                 indices = block[row : row + count].reshape(-1)
                 whole = self._source.fetch(indices, seed=self.seed, cursor=start + 1)
-                yield from split(whole, [self._width] * count)
+                # In memory of its own: the last bits of a product depend on where in memory a matrix begins.
+                yield from (map_leaves(torch.clone, part) for part in split(whole, [self._width] * count))
             start += 1 + max(count, 0)
 
     def _examples_in(self, cursor: int) -> int:
