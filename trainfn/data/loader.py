@@ -28,6 +28,7 @@ from trainfn.tree import digest, map_leaves, named_leaves, split
 # The order is computed for a block of batches at a time: about this many positions, at most this many batches.
 _BLOCK_POSITIONS = 16_384
 _BLOCK_BATCHES = 512
+_ALIGNMENT = 64  # bytes: where PyTorch begins a tensor on a CPU
 _GATHERED_BYTES = 2**18  # of a CPU's second-level cache: the batches of tensors that are gathered at a time
 
 
@@ -176,8 +177,11 @@ class Loader:
             if count > 0:
                 indices = block[row : row + count].reshape(-1)
                 whole = self._source.fetch(indices, seed=self.seed, cursor=start + 1)
-                # In memory of its own: the last bits of a product depend on where in memory a matrix begins.
-                yield from (map_leaves(torch.clone, part) for part in split(whole, [self._width] * count))
+                parts = split(whole, [self._width] * count)
+                # The last bits of a product depend on where in memory a matrix begins: as a batch of its own would.
+                sizes = [leaf.numel() * leaf.element_size() for _, leaf in named_leaves(first)]
+                is_aligned = self._examples_in(start) == self._width and all(each % _ALIGNMENT == 0 for each in sizes)
+                yield from parts if is_aligned else (map_leaves(torch.clone, part) for part in parts)
             start += 1 + max(count, 0)
 
     def _examples_in(self, cursor: int) -> int:
