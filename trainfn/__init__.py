@@ -21,9 +21,10 @@
 | ``data`` | ``order``, ``Loader``, ``split``, data sets, collators |
 | ``store`` | checkpoints, capsules and history |
 | ``task`` | ``TrainConfig``, ``TaskSpec`` |
+| ``faults`` | memory that is not there; errors between two steps |
 | ``directory``, ``signals`` | what is continued and kept in the run directory; being told to stop |
 | ``plan``, ``header`` | what is decided before the first step, and how it is said |
-| ``evaluation``, ``observers``, ``halt`` | what measures a run, watches it, and ends it |
+| ``evaluation``, ``observers``, ``halt``, ``rollback`` | what measures a run, watches it, ends it, and sends it back |
 | ``fit``, ``result`` | ``fit``, ``run``; ``FitResult`` |
 | ``replay`` | ``replay``: a halted step, taken again |
 """
