@@ -38,9 +38,7 @@ def workload(name: str, layers: int) -> Any:
 
 def make_peer(who: str, work: Any, precision: str) -> Any:
     import torch
-    from peers import CLIP, DECAY, EMA, LR, Ours, Plain
-
-    import trainfn
+    from peers import Ours, Plain
 
     if who in PEERS:
         peer = Plain(work, compiled=who == "compiled model")
@@ -54,15 +52,9 @@ def make_peer(who: str, work: Any, precision: str) -> Any:
             peer.call = call
         return peer
     mode, _, checkpointed = who.removeprefix("trainfn ").partition(", ")
-    peer = Ours.__new__(Ours)
-    model, optimizer = work.model(), trainfn.optim.adamw(LR, weight_decay=DECAY)
-    plain = trainfn.make_step(
-        model, loss=work.loss, optimizer=optimizer, clip_norm=CLIP, ema=EMA, precision=precision,
-        checkpoint="blocks.*" if checkpointed else None,
-    )  # fmt: skip
-    peer.step = trainfn.compile(plain, mode=mode, donate=True)
-    peer.state, peer.batch = trainfn.init(model, optimizer, ema=True, precision=precision), work.batch
-    for param in model.parameters():  # the module's own weights are not used: they may go, as ours is the state
+    peer = Ours(work, mode, precision=precision, checkpoint="blocks.*" if checkpointed else None)
+    # The module's own weights are not used: they may go, as ours is the state.
+    for param in peer.step.step.model.parameters():
         param.data = torch.empty(0)
     return peer
 

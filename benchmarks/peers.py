@@ -33,6 +33,7 @@ class Ours:
         batch: Any = None,
         device: str = "cpu",
         precision: str = "32-true",
+        checkpoint: str | None = None,
         cuda_graph: Any = False,
         backend: Any = "inductor",
     ) -> None:
@@ -45,6 +46,7 @@ class Ours:
             ema=EMA,
             accumulate=accumulate,
             precision=precision,
+            checkpoint=checkpoint,
         )
         self.step = trainfn.compile(plain, mode=mode, donate=True, cuda_graph=cuda_graph, backend=backend)
         self.state = trainfn.init(model, optimizer, ema=True, precision=precision)

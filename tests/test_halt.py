@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import trainfn
-from tests.strategies import of_bad_numbers
+from tests.strategies import Loud, of_bad_numbers
 from trainfn.diagnose import Diagnosis
 from trainfn.diagnose.diagnosis import Part
 from trainfn.errors import CheckpointError, ConfigError, DivergenceError
@@ -180,17 +180,6 @@ def test_the_step_to_explain_is_the_last_that_was_refused() -> None:
 
 
 # --- spikes -----------------------------------------------------------------------------------------------------------
-
-
-class Loud(nn.Module):
-    """A linear model; the last column of its input multiplies the output, and so the loss."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.dense = nn.Linear(1, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.dense(x[:, :1]) * x[:, 1:]
 
 
 def loud_data(*loud: int) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import trainfn
-from tests.strategies import of_bad_numbers
+from tests.strategies import Loud, of_bad_numbers
 from trainfn.errors import ConfigError, DivergenceError
 from trainfn.health import HealthWarning
 from trainfn.optim import adamw, sgd
@@ -180,17 +180,6 @@ def test_unhealthy_and_damaged_checkpoints_are_not_gone_back_to(tmp_path: Path) 
             spoilt(17, 21, 25), tmp_path, on_divergence="rollback", save_every=1, keep_last=None, save_async=False,
             observers=[damage],
         )  # fmt: skip
-
-
-class Loud(nn.Module):
-    """A linear model; the last column of its input multiplies the output, and so the loss."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.dense = nn.Linear(1, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.dense(x[:, :1]) * x[:, 1:]
 
 
 def test_a_halting_spike_sends_a_run_back_too(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 
 from trainfn.errors import ConfigError, suggest
+from trainfn.health import forgiven
 from trainfn.state import TrainState
 from trainfn.store import CheckpointWarning, Manifest, Retention, restore, steps
 from trainfn.task.config import TrainConfig
@@ -137,8 +138,7 @@ def resume(
     source = config.out_dir if config.resume == "auto" else config.resume
     state, manifest = restore(source or "", like=state, also=lambda manifest: _obstacles(manifest, record))
     if bool(state.health.halted):  # it was halted, and someone has decided to go on
-        health = evolve(state.health, streak=torch.zeros_like(state.health.streak), halted=~state.health.halted)
-        state = evolve(state, health=health)
+        state = evolve(state, health=forgiven(state.health))
     newer = [path.name for path in found if config.resume != "auto" and path.name > f"step_{state.cursor:08d}"]
     if newer:
         raise ConfigError(

@@ -109,6 +109,21 @@ def suggest(name: str, known: Iterable[str]) -> str:
     return f"did you mean {near[0]!r}?" if near else f"one of {', '.join(names)}"
 
 
+def check_options(maker: str, options: Iterable[str], known: Iterable[str]) -> None:
+    """Raise for the first option that a maker of losses or collators does not take, with the nearest that it takes.
+
+    Raises:
+        ConfigError: there is one.
+
+    >>> check_options("loss 'huber'", ["delta"], ["delta"])
+    """
+    names = list(known)
+    for option in options:
+        if option not in names:
+            hint = suggest(option, names) if names else None
+            raise ConfigError(f"The {maker} has no such option.", got=option, hint=hint)
+
+
 def listed(values: Sequence[object], most: int = 64) -> str:
     """Return values in a row, for a message; of a long row, the beginning.
 

@@ -10,14 +10,14 @@ import torch
 from torch.utils.data import DataLoader
 
 from trainfn.batch import Batch, micro_batches
-from trainfn.data import Loader
+from trainfn.data import Loader, to_device
 from trainfn.data.forms import read_data_loader
 from trainfn.engine import CompiledStep
 from trainfn.errors import ConfigError
 from trainfn.metric import Metric, resolve
 from trainfn.optim.transform import wide
 from trainfn.per_sample import NoiseScale, noise_scale
-from trainfn.plan import Plan, to_device
+from trainfn.plan import Plan
 from trainfn.state import TrainState
 from trainfn.step import Step, surroundings
 from trainfn.tree import map_leaves

@@ -60,6 +60,7 @@ def make_arguments(model: nn.Module) -> Callable[[Batch], Arguments]:
     by_position = [p.name for p in parameters if p.kind in _POSITIONAL]
     room = float("inf") if any(p.kind is p.VAR_POSITIONAL for p in parameters) else len(by_position)
     makes_decoder_inputs = {"labels", "decoder_input_ids"} <= set(named)
+    looked_at: set[tuple[str, ...]] = set()
     takes_any_name = not named and any(p.kind is p.VAR_KEYWORD for p in parameters)
 
     def arguments(batch: Batch) -> Arguments:
@@ -90,8 +91,9 @@ def make_arguments(model: nn.Module) -> Callable[[Batch], Arguments]:
             spare.remove(lone[0])
         elif missing or not kwargs:
             raise mismatch(batch)
-        if spare and not torch.compiler.is_compiling():
+        if spare and not torch.compiler.is_compiling() and (form := (*spare, "", *kwargs)) not in looked_at:
             refuse_misspelt(spare, kwargs, batch)
+            looked_at.add(form)  # a forward is called at every step, and its batches have the same fields
         return (), kwargs
 
     def refuse_misspelt(spare: Sequence[str], kwargs: dict[str, Any], batch: Batch) -> None:

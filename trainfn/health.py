@@ -33,6 +33,7 @@ from torch import Tensor
 
 from trainfn.precision import LossScale
 from trainfn.state import AccumulationStats, Baseline, Health
+from trainfn.tree import evolve
 
 OnSpike = Literal["off", "warn", "skip", "halt"]
 
@@ -200,6 +201,18 @@ def track(
     if on_spike == "halt":
         halted = halted | (verdict >= int(Verdict.LOSS_SPIKE_SKIPPED))
     return Health(streak=streak, halted=halted, baseline=baseline)
+
+
+def forgiven(health: Health) -> Health:
+    """Return the health of a run that goes on although it had to stop: no streak, not halted.
+
+    >>> zero, none = torch.tensor(0), torch.zeros(3)
+    >>> baseline = Baseline(mean=none, spread=none, last=none, count=none, lasting=zero)
+    >>> after = forgiven(Health(streak=torch.tensor(3), halted=torch.tensor(True), baseline=baseline))
+    >>> after.streak, after.halted
+    (tensor(0), tensor(False))
+    """
+    return evolve(health, streak=torch.zeros_like(health.streak), halted=torch.zeros_like(health.halted))
 
 
 def add_up(

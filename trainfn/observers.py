@@ -18,10 +18,8 @@ from trainfn.header import header
 from trainfn.health import AILMENTS, ALARMING, REFUSED, HealthWarning, Verdict, ailing
 from trainfn.plan import Plan
 from trainfn.result import Row
-from trainfn.state import Report, TrainState, trainable
+from trainfn.state import NUMBERS, Report, TrainState, trainable
 from trainfn.store import CheckpointWarning, CheckpointWriteError, History, Place, cut, rows
-
-_COLUMNS = ("loss", "weight", "grad_norm", "lr")
 
 Observer = Callable[[TrainState], object]
 """A function that is called with the state after every step. It may keep it only until the next one."""
@@ -172,10 +170,10 @@ class Progress:
 def _read(reports: list[Report], state: TrainState) -> tuple[list[list[float]], Row]:
     """Return loss, weight, gradient norm, rate and verdict of each report, and what all steps have added up."""
     stats, scale = state.stats, state.scale
-    cells = [cell for report in reports for cell in (*(getattr(report, name) for name in _COLUMNS), report.verdict)]
+    cells = [cell for report in reports for cell in (*(getattr(report, name) for name in NUMBERS), report.verdict)]
     totals = [stats.seen, stats.micro_batches, stats.outcomes] + ([] if scale is None else [scale.factor])
     numbers = fetched([*cells, *totals])
-    width = len(_COLUMNS) + 1
+    width = len(NUMBERS) + 1
     table = [numbers[start : start + width] for start in range(0, width * len(reports), width)]
     seen, micro, outcomes, *factor = numbers[len(cells) :]
     row: Row = {

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from trainfn.batch import Batch, micro_batches
-from trainfn.data import Loader
+from trainfn.data import Loader, to_device
 from trainfn.directory import check_writable, machine, make_retention, resume
 from trainfn.engine import CompiledStep, compile
 from trainfn.errors import ConfigError, DataError, ModelError, TrainfnError
@@ -27,7 +27,7 @@ from trainfn.store import Manifest, Retention, clean, writing
 from trainfn.task import Intake, TaskSpec, TrainConfig, take_in
 from trainfn.task.config import make_config
 from trainfn.task.guard import guarding
-from trainfn.tree import batch_length, describe, map_leaves, named_leaves
+from trainfn.tree import batch_length, describe, named_leaves
 
 _ARGUMENTS = ("loss", "task", "val_data", "metrics", "optimizer", "collate", "observers", "on_signal")
 
@@ -208,13 +208,6 @@ def decide(
         record=record,
         retention=retention,
     )
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Return the batch with its tensors on ``device``; copies from pinned memory do not block."""
-    if device.type == "cpu":
-        return batch
-    return map_leaves(lambda leaf: leaf.to(device, non_blocking=True) if isinstance(leaf, Tensor) else leaf, batch)
 
 
 def _device(name: str) -> torch.device:

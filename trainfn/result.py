@@ -13,7 +13,7 @@ from torch import nn
 
 from trainfn.errors import ConfigError
 from trainfn.state import TrainState
-from trainfn.store import Retention, steps
+from trainfn.store import Retention, cursor_of, steps
 
 Row = dict[str, Any]
 """One row of the history: ``step``, ``epoch``, ``loss``, ``grad_norm``, ``lr``, ... and ``val_loss`` when evaluated."""
@@ -70,4 +70,4 @@ def checkpoint_at(out_dir: str | os.PathLike[str] | None, row: Row | None) -> Pa
     """Return the checkpoint that was saved at a row's step, if there is one."""
     if out_dir is None or row is None:
         return None
-    return next((path for path in steps(out_dir) if int(path.name.removeprefix("step_")) == row["step"]), None)
+    return next((path for path in steps(out_dir) if cursor_of(path) == row["step"]), None)

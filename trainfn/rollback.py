@@ -27,10 +27,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import attrs
-import torch
 
 from trainfn.errors import CheckpointError
-from trainfn.health import HealthWarning
+from trainfn.health import HealthWarning, forgiven
 from trainfn.plan import Plan
 from trainfn.state import TrainState
 from trainfn.store import Entry, glance, load, steps
@@ -86,12 +85,7 @@ class Rollback:
                 f"{state.cursor - 1}: rollback {len(self.windows)} of {self._config.max_rollbacks}."
             )
             warnings.warn(text, HealthWarning, stacklevel=4)  # where fit was called
-            health = evolve(
-                found.health,
-                streak=torch.zeros_like(found.health.streak),
-                halted=torch.zeros_like(found.health.halted),
-            )
-            return evolve(found, cursor=state.cursor, health=health)
+            return evolve(found, cursor=state.cursor, health=forgiven(found.health))
         return None
 
     def explain(self, error: Exception) -> None:

@@ -41,6 +41,10 @@ class Report:
     verdict: Tensor
 
 
+NUMBERS = ("loss", "weight", "grad_norm", "lr")
+"""The fields of a report that are one number each, [] float64."""
+
+
 @record
 class Baseline:
     """What loss and gradient norm usually are: a robust running mean and spread of three coordinates.

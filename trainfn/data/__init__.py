@@ -25,7 +25,7 @@ from trainfn.data.images import ImageFolder
 from trainfn.data.loader import Loader
 from trainfn.data.order import order
 from trainfn.data.packing import Packed
-from trainfn.data.prefetch import CopyStream, prefetched
+from trainfn.data.prefetch import CopyStream, prefetched, to_device
 from trainfn.data.split import Split, split
 from trainfn.data.tabular import Table, read_csv, read_frame, read_jsonl, read_texts
 from trainfn.data.text import ByteText
@@ -54,6 +54,7 @@ __all__ = [
     "read_texts",
     "register_collator",
     "split",
+    "to_device",
     "train_bpe",
     "write_tokens",
 ]

@@ -14,7 +14,7 @@ from trainfn.batch import TARGET_NAMES, Batch
 from trainfn.data.collate import Collator, default, stacked
 from trainfn.data.images import image
 from trainfn.data.padding import mlm, text
-from trainfn.errors import ConfigError, DataError, suggest
+from trainfn.errors import ConfigError, DataError, check_options, suggest
 from trainfn.tree import describe
 
 Collate = Callable[[list[Any]], Batch]
@@ -94,10 +94,7 @@ def collator(name: str, **options: Any) -> Collator:
         raise ConfigError("There is no collator of this name.", got=repr(name), hint=suggest(name, collator_names()))
     make = _COLLATORS[name]
     parameters = inspect.signature(make).parameters
-    for option in options:
-        if option not in parameters:
-            hint = suggest(option, parameters) if parameters else None
-            raise ConfigError(f"The collator {name!r} has no such option.", got=option, hint=hint)
+    check_options(f"collator {name!r}", options, parameters)
     missing = [key for key, p in parameters.items() if p.default is p.empty and key not in options]
     if missing:
         raise ConfigError(

@@ -169,20 +169,20 @@ class Loader:
         while start < numbers.stop:
             first = self.batch(start)
             yield first
-            size = sum(leaf.numel() * leaf.element_size() for _, leaf in named_leaves(first))
-            block, row = self._find(start + 1)
-            # Full ones of one block of the order; a short one is a first one.
-            most = min(_GATHERED_BYTES // max(size, 1), block.shape[0] - row, numbers.stop - start - 1)
-            count = next((k for k in range(most) if self._examples_in(start + 1 + k) < self._width), most)
+            start += 1
+            block, row = self._find(start)
+            sizes = [leaf.numel() * leaf.element_size() for _, leaf in named_leaves(first)]
+            # Full ones of one block of the order and one epoch; a short one is a first one.
+            left = self.examples // self._width - start % self.batches_per_epoch
+            count = min(_GATHERED_BYTES // max(sum(sizes), 1), block.shape[0] - row, numbers.stop - start, left)
             if count > 0:
                 indices = block[row : row + count].reshape(-1)
-                whole = self._source.fetch(indices, seed=self.seed, cursor=start + 1)
-                parts = split(whole, [self._width] * count)
+                parts = split(self._source.fetch(indices, seed=self.seed, cursor=start), [self._width] * count)
                 # The last bits of a product depend on where in memory a matrix begins: as a batch of its own would.
-                sizes = [leaf.numel() * leaf.element_size() for _, leaf in named_leaves(first)]
-                is_aligned = self._examples_in(start) == self._width and all(each % _ALIGNMENT == 0 for each in sizes)
+                is_full = self._examples_in(start - 1) == self._width
+                is_aligned = is_full and all(each % _ALIGNMENT == 0 for each in sizes)
                 yield from parts if is_aligned else (map_leaves(torch.clone, part) for part in parts)
-            start += 1 + max(count, 0)
+                start += count
 
     def _examples_in(self, cursor: int) -> int:
         return min(self._width, self.examples - cursor % self.batches_per_epoch * self.batch_size)

@@ -51,6 +51,17 @@ def prefetched(batches: Generator[Batch, None, None], lane: Lane) -> Generator[B
         batches.close()
 
 
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Return the batch with its tensors on ``device``; copies from pinned memory do not block.
+
+    >>> to_device({"x": torch.ones(1), "n": 3}, torch.device("cpu"))
+    {'x': tensor([1.]), 'n': 3}
+    """
+    if device.type == "cpu":
+        return batch
+    return map_leaves(lambda leaf: leaf.to(device, non_blocking=True) if isinstance(leaf, Tensor) else leaf, batch)
+
+
 class CopyStream:
     """Copies to a GPU on a stream of their own, from page-locked memory (``Loader(pin=True)``) without blocking."""
 
@@ -59,11 +70,8 @@ class CopyStream:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def send(self, batch: Batch) -> tuple[Batch, Any]:
-        def copied(leaf: Any) -> Any:
-            return leaf.to(self._device, non_blocking=True) if isinstance(leaf, Tensor) else leaf
-
         with torch.cuda.stream(self._stream):
-            return map_leaves(copied, batch), self._stream.record_event()
+            return to_device(batch, self._device), self._stream.record_event()
 
     def receive(self, batch: Batch, arrival: Any) -> Batch:
         current = torch.cuda.current_stream(self._device)

@@ -35,7 +35,7 @@ from torch import Tensor
 from trainfn.batch import Batch
 from trainfn.engine.recording import Cuda, Mark, Recording
 from trainfn.errors import CompileError, listed
-from trainfn.state import Report
+from trainfn.state import NUMBERS, Report
 from trainfn.tree import Tree, map_leaves, named_leaves
 
 Asked = Literal["auto"] | bool
@@ -43,8 +43,6 @@ Asked = Literal["auto"] | bool
 _TIMED = 8  # steps timed before and after recording
 _GAIN = 0.98  # a replay has to take less than this share of the calls' time: it costs memory of its own
 _MOST_CAPTURES = 16  # by one compiled step; each takes a second, and memory for its slots
-
-_NUMBERS = ("loss", "weight", "grad_norm", "lr")
 
 
 @attrs.define(eq=False)
@@ -254,15 +252,15 @@ def flat_report(report: Report) -> Tensor:
     >>> float(same.weight), int(same.verdict), same.grad_norms.shape
     (2.0, 3, torch.Size([1]))
     """
-    numbers = [getattr(report, name).view(1) for name in _NUMBERS]
+    numbers = [getattr(report, name).view(1) for name in NUMBERS]
     return torch.cat([*numbers, report.verdict.view(1).view(torch.float64), report.grad_norms])
 
 
 def report_of(flat: Tensor) -> Report:
     """Return the report that a row is, as views: the inverse of :func:`flat_report`."""
-    *numbers, code = flat[: len(_NUMBERS) + 1].unbind()
-    fields = dict(zip(_NUMBERS, numbers, strict=True))
-    return Report(**fields, verdict=code.view(torch.int64), grad_norms=flat[len(_NUMBERS) + 1 :])
+    *numbers, code = flat[: len(NUMBERS) + 1].unbind()
+    fields = dict(zip(NUMBERS, numbers, strict=True))
+    return Report(**fields, verdict=code.view(torch.int64), grad_norms=flat[len(NUMBERS) + 1 :])
 
 
 def _slots(batch: Batch) -> Batch:

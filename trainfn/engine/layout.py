@@ -83,7 +83,7 @@ class Pack:
     def norms(self, flat: Tensor) -> list[Tensor]:
         """Return the 2-norms of the leaves in a pack, in their order; those of one size, side by side, as one."""
         if len(self.slots) == 1:
-            return [leaf_norms({"": flat})]
+            return [leaf_norms(flat)]
         found, start = [], 0
         for room, alike in itertools.groupby(self.slots, key=lambda slot: slot.room):
             count = len(list(alike))
@@ -113,6 +113,7 @@ class Layout:
 
     Attributes:
         optimizer: the Transform that does the same to packs.
+        trained: the packs of trained parameters.
 
     >>> import trainfn
     >>> optimizer = trainfn.optim.adamw(decay=trainfn.optim.matrices_only)
@@ -124,26 +125,26 @@ class Layout:
     """
 
     def __init__(self, state: TrainState, optimizer: Transform, *, most: int | None = None) -> None:
-        trained = trainable(state.params)
+        params = trainable(state.params)
         answers: list[dict[str, Hashable]] = []
 
         def choose(predicate: Predicate) -> Callable[[str, Tensor], Any]:
-            given = {name: predicate(name, param) for name, param in trained.items()}
+            given = {name: predicate(name, param) for name, param in params.items()}
             answers.append(given)
             return lambda name, param: given[name]
 
         self.optimizer = bound(optimizer, choose)
-        self._owners = dict.fromkeys(trained)
-        alone = {name: name for name, param in trained.items() if most is not None and param.numel() > most}
-        self._trained = _packs(trained, lambda name: (alone.get(name), *(given[name] for given in answers)))
+        self._owners = dict.fromkeys(params)
+        alone = {name: name for name, param in params.items() if most is not None and param.numel() > most}
+        self.trained = _packs(params, lambda name: (alone.get(name), *(given[name] for given in answers)))
         if not all(self._fits(role) for role in self._roles(state.opt)):
-            self._trained = _packs(trained, lambda name: name)
+            self.trained = _packs(params, lambda name: name)
         self._buffers = _packs(state.buffers, lambda name: None)
         self._rest = _packs(self.counters(state), lambda name: None)
         self._names, self._buffer_names = tuple(state.params), tuple(state.buffers)
-        self._by_name = {pack.name: pack for pack in self._trained}
-        places = {slot.name: place for place, slot in enumerate(slot for pack in self._trained for slot in pack.slots)}
-        order = [places[name] for name in trained]
+        self._by_name = {pack.name: pack for pack in self.trained}
+        places = {slot.name: place for place, slot in enumerate(slot for pack in self.trained for slot in pack.slots)}
+        order = [places[name] for name in params]
         self._order = None if order == sorted(order) else torch.tensor(order, device=state.step.device)
         self._like = evolve(state, params={}, buffers={}, ema=None, opt=(), report=None)
 
@@ -151,7 +152,7 @@ class Layout:
         """Return the state's numbers in packs, in new memory but for what is frozen."""
         with torch.no_grad():
             packed = Packed(
-                params={pack.name: pack.join(trainable(state.params)) for pack in self._trained},
+                params={pack.name: pack.join(trainable(state.params)) for pack in self.trained},
                 frozen={name: param for name, param in state.params.items() if not param.requires_grad},
                 buffers=_joined(self._buffers, state.buffers),
                 opt=self._map_roles(self._joined, state.opt),
@@ -206,11 +207,6 @@ class Layout:
         """Return counters, loss scale and statistics by name."""
         return dict(named_leaves(_rest_of(state)))
 
-    @property
-    def trained(self) -> tuple[Pack, ...]:
-        """The packs of trained parameters."""
-        return self._trained
-
     def joined(self, found: Gradients) -> Gradients:
         """Return gradients in packs, their buffers too."""
         return self.joined_buffers(evolve(found, grads=self._joined(found.grads)))
@@ -221,7 +217,7 @@ class Layout:
 
     def norms(self, packs: Params) -> Tensor:
         """Return the 2-norm of each gradient in packs, [trained parameters] float64, in the state's order."""
-        norms = torch.cat([part for pack in self._trained for part in pack.norms(packs[pack.name])])
+        norms = torch.cat([part for pack in self.trained for part in pack.norms(packs[pack.name])])
         return norms if self._order is None else norms[self._order]
 
     def written(self, after: TrainState) -> Packed:
@@ -255,11 +251,11 @@ class Layout:
         return map_named(lambda name, leaf: rest[name], _rest_of(self._like))
 
     def _joined(self, leaves: Params) -> Params:
-        return {pack.name: pack.join(leaves) for pack in self._trained if pack.name in leaves}
+        return {pack.name: pack.join(leaves) for pack in self.trained if pack.name in leaves}
 
     def _fits(self, role: Params) -> bool:
         """Whether what an optimizer keeps for parameters lies in memory as they do, where these share a pack."""
-        for pack in self._trained:
+        for pack in self.trained:
             held = [role.get(slot.name) for slot in pack.slots]
             if len(held) == 1 or all(one is None for one in held):
                 continue

@@ -14,7 +14,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch.nn.modules.loss import _Loss
 
-from trainfn.errors import ConfigError, suggest
+from trainfn.errors import ConfigError, check_options, suggest
 from trainfn.loss.base import Loss
 from trainfn.loss.classification import classification, segmentation, vision_classification
 from trainfn.loss.distillation import distillation
@@ -150,11 +150,7 @@ def make(name: str, **options: Any) -> Loss:
     if name not in _LOSSES:
         _by_name(name)  # raises, unless it is a wrapper
         raise ConfigError("A wrapper has no options.", got=f"{name!r} with {', '.join(options)}")
-    known = inspect.signature(_LOSSES[name]).parameters
-    for option in options:
-        if option not in known:
-            hint = suggest(option, known) if known else None
-            raise ConfigError(f"The loss {name!r} has no such option.", got=option, hint=hint)
+    check_options(f"loss {name!r}", options, inspect.signature(_LOSSES[name]).parameters)
     return _LOSSES[name](**options)
 
 

@@ -18,7 +18,7 @@
 """
 
 from trainfn.store.capsule import Capsule, load_capsule, read_notes, save_capsule
-from trainfn.store.checkpoint import CheckpointWarning, glance, load, restore, save, steps
+from trainfn.store.checkpoint import CheckpointWarning, cursor_of, glance, load, restore, save, steps
 from trainfn.store.disk import CheckpointDamagedError, CheckpointWriteError, Place
 from trainfn.store.history import History, cut, rows
 from trainfn.store.lock import RunLockedError, writing
@@ -43,6 +43,7 @@ __all__ = [
     "Saver",
     "average",
     "clean",
+    "cursor_of",
     "cut",
     "diff",
     "glance",

@@ -186,7 +186,21 @@ def steps(path: RunPath) -> list[Path]:
         return []
     except OSError as error:
         raise CheckpointError(f"The run directory could not be read: {error.strerror}.", where=path) from error
-    return [Path(path, name) for name in sorted(names, key=lambda name: int(name.removeprefix("step_")))]
+    return [Path(path, name) for name in sorted(names, key=cursor_of)]
+
+
+def cursor_of(step: RunPath) -> int:
+    """Return the cursor that a step directory is named after.
+
+    >>> cursor_of("run/step_00000012")
+    12
+    """
+    return int(Path(step).name.removeprefix("step_"))
+
+
+def told(step: Path, error: Exception) -> str:
+    """Return what is wrong with a step, in one line."""
+    return f"{step.name}: {' '.join(str(error).split())}"
 
 
 def choose(path: Path) -> tuple[Path, Manifest, bytes]:
@@ -198,7 +212,7 @@ def choose(path: Path) -> tuple[Path, Manifest, bytes]:
         try:
             chosen = step, *_read(step)
         except CheckpointError as error:
-            bad.append(f"{step.name}: {' '.join(str(error).split())}")
+            bad.append(told(step, error))
             continue
         if bad:
             newer = f"Newer checkpoints than {step} were passed over, because they are unusable:{indented(bad)}"

@@ -20,7 +20,7 @@ import attrs
 
 from trainfn.errors import CheckpointError
 from trainfn.store import disk
-from trainfn.store.checkpoint import RunPath, glance, steps
+from trainfn.store.checkpoint import RunPath, cursor_of, glance, steps
 from trainfn.store.strict_json import Json
 
 _LEFT_BEHIND = re.compile(r"\.(tmp|trash)-((step|capsule)_[0-9]{8,}|history\.jsonl)-[0-9a-f]{8}")
@@ -119,14 +119,14 @@ def prune(run: RunPath, policy: Retention, *, newest: int, known: dict[int, Entr
     known = {} if known is None else known
     there: dict[int, Path] = {}
     for step in steps(run):
-        cursor = int(step.name.removeprefix("step_"))
+        cursor = cursor_of(step)
         if cursor <= newest and (cursor in known or _learn(step, cursor, known)):
             there[cursor] = step
     kept = keep([known[cursor] for cursor in there], policy)
     doomed = [step for cursor, step in there.items() if cursor not in kept]
     for step in doomed:
         disk.remove(step)
-        known.pop(int(step.name.removeprefix("step_")))
+        known.pop(cursor_of(step))
     return doomed
 
 

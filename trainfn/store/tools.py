@@ -12,10 +12,11 @@ from torch import Tensor
 
 from trainfn.errors import CheckpointError
 from trainfn.store import checkpoint, tensors
-from trainfn.store.checkpoint import RunPath, choose, glance, is_step, steps
+from trainfn.store.checkpoint import RunPath, choose, glance, is_step, steps, told
 from trainfn.store.disk import CheckpointDamagedError
 from trainfn.store.manifest import Manifest
 from trainfn.store.sealed import indented
+from trainfn.tree import describe
 
 
 @attrs.frozen(kw_only=True)
@@ -61,7 +62,7 @@ def inspect(path: RunPath) -> Manifest:
         try:
             return glance(step)
         except CheckpointError as error:
-            bad.append(f"{step.name}: {' '.join(str(error).split())}")
+            bad.append(told(step, error))
     raise CheckpointError("There is no checkpoint that can be read.", where=path, got=indented(bad) if bad else None)
 
 
@@ -85,7 +86,7 @@ def verify(path: RunPath) -> Manifest:
         try:
             found.append(checkpoint.verify(step))
         except CheckpointError as error:
-            bad.append(f"{step.name}: {' '.join(str(error).split())}")
+            bad.append(told(step, error))
     if bad:
         raise CheckpointDamagedError("Some checkpoints do not verify.", where=path, got=indented(bad))
     if not found:
@@ -135,5 +136,5 @@ def _difference(name: str, a: Tensor | int | None, b: Tensor | int | None) -> Di
 
 def _say(leaf: Tensor | int | None) -> str | None:
     if isinstance(leaf, Tensor):
-        return f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)}"
+        return describe(leaf)
     return None if leaf is None else str(leaf)
