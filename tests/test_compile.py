@@ -405,7 +405,7 @@ import resource, sys, torch, trainfn
 torch.set_num_threads(1)
 model, optimizer = torch.nn.Linear(3_072, 3_072, bias=False), trainfn.optim.adamw()
 step = trainfn.make_step(model, loss="mse", optimizer=optimizer)
-step = trainfn.compile(step, mode="accum", donate=True, backend="eager")
+step = trainfn.compile(step, mode="eager", donate=True)
 state, batch = trainfn.init(model, optimizer), (torch.ones(2, 3_072), torch.zeros(2, 3_072))
 found = []
 for index in range(6):
