@@ -24,6 +24,7 @@ from trainfn.tree import (
     named_leaves,
     norm,
     record,
+    row_norms,
     select,
 )
 
@@ -169,6 +170,36 @@ def test_the_norm_is_finite_exactly_when_every_number_is(dtype: torch.dtype, num
     tree[1][2] = number
     assert not norm(tree).isfinite()
     assert float(norm({})) == 0.0
+
+
+MAGNITUDES = (1e-45, 1e-38, 1e-30, 1e-15, 1.0, 1e15, 1e30, 1e38)
+
+
+@pytest.mark.parametrize("magnitude", [*MAGNITUDES, None])
+@pytest.mark.parametrize("length", [2**18, 2**18 + 1_025])
+def test_the_norm_of_many_numbers_of_any_size_is_that_in_float64(magnitude: float | None, length: int) -> None:
+    """Their squares are summed in float32; None: sizes of all kinds side by side."""
+    own = torch.Generator().manual_seed(length)
+    sizes = torch.tensor(MAGNITUDES)[torch.randint(0, len(MAGNITUDES), (length,), generator=own)]
+    values = torch.rand(length, generator=own) * (sizes if magnitude is None else magnitude)
+    right = float(values.double().square().sum().sqrt())
+    assert float(norm(values)) == pytest.approx(right, rel=1e-6)
+    rows = values[: 2**18].view(16, -1)
+    torch.testing.assert_close(row_norms(rows), rows.double().square().sum(1).sqrt(), rtol=1e-6, atol=0)
+    for bad in (math.nan, math.inf):
+        values[-1] = bad
+        assert not norm(values).isfinite()
+
+
+def test_control_float32_alone_loses_small_numbers_and_calls_large_ones_infinite() -> None:
+    for size, wrong in ((1e-30, 0.0), (1e30, math.inf)):
+        values = torch.full((2**18,), size)
+        assert float(torch.linalg.vector_norm(values)) == wrong
+        assert float(norm(values)) == pytest.approx(512.0 * size, rel=1e-6)
+
+
+def test_the_norm_of_many_zeros_is_zero() -> None:
+    assert float(norm(torch.zeros(2**18))) == 0.0
 
 
 # --- digests ----------------------------------------------------------------------------------------------------------

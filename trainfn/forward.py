@@ -189,14 +189,16 @@ class _Places:
         ]
         self._empty = [(home, key) for home in homes for key, tensor in home.items() if tensor is None]
         self._children = [(module._modules, dict(module._modules)) for module in modules]
-        self._sizes = [(home, len(home)) for home in homes]
+        self._homes, self._sizes = homes, [len(home) for home in homes]
 
     def are_up_to_date(self) -> bool:
+        for home, key, _, tensor in self._places:
+            if home.get(key) is not tensor:
+                return False
         return (
-            all(home.get(key) is tensor for home, key, _, tensor in self._places)
-            and all(home.get(key) is None for home, key in self._empty)
+            all(home.get(key) is None for home, key in self._empty)
             and all(now == then for now, then in self._children)
-            and all(len(home) == size for home, size in self._sizes)
+            and [len(home) for home in self._homes] == self._sizes
         )
 
     def call(self, tensors: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

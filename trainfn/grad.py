@@ -24,7 +24,7 @@ from trainfn.loss import Loss, LossSum, as_loss_sum, low_precision_safe
 from trainfn.precision import LossScale, backward_unit, cast, lowered
 from trainfn.precision import resolve as resolve_precision
 from trainfn.recompute import explained, recomputing
-from trainfn.state import Buffers, Params, trainable
+from trainfn.state import Buffers, Params
 from trainfn.tree import evolve, map_leaves, record, widened
 
 
@@ -73,8 +73,8 @@ def make_forward(model: nn.Module, precision: str = "32-true", checkpoint: Seque
 
     def apply(params: Params, buffers: Buffers, batch: Batch) -> Any:
         args, kwargs = cast(arguments(batch), dtype)
-        whole = params | buffers
-        tensors = {name: cast(tensor, dtype) if name in low else tensor for name, tensor in whole.items()}
+        tensors = params | buffers
+        tensors |= {name: cast(tensors[name], dtype) for name in low & tensors.keys()}
         with recomputing(model, checkpoint) if checkpoint and not torch.compiler.is_compiling() else nullcontext():
             outputs = apply_to(tensors, args, kwargs)
         for name, old in buffers.items():
@@ -141,8 +141,9 @@ def make_gradients_of(apply: LossFn) -> GradientsFn:
     """Return the gradients of ``(params, buffers, batch) -> LossSum``, as :func:`make_gradients` does of a model's."""
 
     def gradients(params: Params, buffers: Buffers, batch: Batch, /, scale: LossScale | None = None) -> Gradients:
-        with torch.enable_grad(), nullcontext() if torch.compiler.is_compiling() else tensors_in_place():
-            views = {name: _differentiable(param) for name, param in trainable(params).items()}
+        is_program = torch.compiler.is_compiling()
+        with torch.enable_grad(), nullcontext() if is_program else tensors_in_place():
+            views = {name: _differentiable(param, is_program) for name, param in params.items() if param.requires_grad}
             fresh = {name: buffer.clone() for name, buffer in buffers.items()}
             result = apply(params | views, fresh, batch)
             if not result.total.requires_grad:
@@ -154,17 +155,7 @@ def make_gradients_of(apply: LossFn) -> GradientsFn:
                 )
             unit = None if scale is None else backward_unit(scale, result.weight.detach()).to(result.total.dtype)
             found = torch.autograd.grad(result.total, list(views.values()), grad_outputs=unit, allow_unused=True)
-        sparse = [name for name, grad in zip(views, found, strict=True) if grad is not None and grad.is_sparse]
-        if sparse:
-            raise ModelError(
-                "A gradient is sparse, which no optimizer here takes.",
-                where=", ".join(sparse),
-                hint="make the layer dense: nn.Embedding(..., sparse=False)",
-            )
-        grads = {
-            name: torch.zeros_like(view) if grad is None else grad.detach()
-            for (name, view), grad in zip(views.items(), found, strict=True)
-        }
+        grads = _named(found, views)
         if unit is not None:
             grads = {name: grad / unit.to(grad.dtype) for name, grad in grads.items()}
         return Gradients(
@@ -178,11 +169,29 @@ def make_gradients_of(apply: LossFn) -> GradientsFn:
     return gradients
 
 
-def _differentiable(param: Tensor) -> Tensor:
+def _differentiable(param: Tensor, is_program: bool) -> Tensor:
     # A program differentiates with respect to views of its inputs; what calls a program gives it leaves.
-    if torch.compiler.is_compiling():
+    if is_program:
         return param.view_as(param)
     return param if param.is_leaf else param.detach().requires_grad_()
+
+
+def _named(found: Sequence[Tensor | None], views: Params) -> Params:
+    """Return gradients by name, detached; zeros where there is none."""
+    grads, sparse = {}, []
+    for (name, view), grad in zip(views.items(), found, strict=True):
+        if grad is None:
+            grad = torch.zeros_like(view)
+        elif grad.is_sparse:
+            sparse.append(name)
+        grads[name] = grad.detach() if grad.requires_grad else grad
+    if sparse:
+        raise ModelError(
+            "A gradient is sparse, which no optimizer here takes.",
+            where=", ".join(sparse),
+            hint="make the layer dense: nn.Embedding(..., sparse=False)",
+        )
+    return grads
 
 
 def merge(left: Gradients, right: Gradients) -> Gradients:

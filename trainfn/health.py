@@ -122,12 +122,13 @@ def judge(total: Tensor, weight: Tensor, grad_norm: Tensor, scale: LossScale | N
     >>> judge(torch.tensor(1.0), torch.tensor(2.0), torch.tensor(float("inf")))
     tensor(4)
     """
-    verdict = torch.where(weight > 0, int(Verdict.OK), int(Verdict.EMPTY))
     infinite: Tensor | int = int(Verdict.NON_FINITE_GRADIENT)
     if scale is not None:
-        infinite = torch.where(scale.factor > 1.0, int(Verdict.OVERFLOW), int(Verdict.NON_FINITE_GRADIENT))
-    verdict = torch.where(torch.isfinite(grad_norm), verdict, infinite)
-    return torch.where(torch.isfinite(total) & torch.isfinite(weight), verdict, int(Verdict.NON_FINITE_LOSS))
+        infinite = torch.where(scale.factor > 1.0, int(Verdict.OVERFLOW), infinite)
+    verdict = torch.zeros_like(weight, dtype=torch.int64)  # OK
+    verdict = verdict.masked_fill(weight <= 0, int(Verdict.EMPTY))
+    verdict = verdict.masked_fill(~(grad_norm.abs() < torch.inf), infinite)  # for NaN, too, no comparison holds
+    return verdict.masked_fill(~(torch.maximum(total.abs(), weight.abs()) < torch.inf), int(Verdict.NON_FINITE_LOSS))
 
 
 def judge_spike(
@@ -195,7 +196,7 @@ def track(
     (tensor(1), tensor(True))
     """
     bad = (verdict == int(Verdict.NON_FINITE_LOSS)) | (verdict == int(Verdict.NON_FINITE_GRADIENT))
-    streak, halted = torch.where(applied, 0, health.streak + bad), health.halted
+    streak, halted = (health.streak + bad).masked_fill(applied, 0), health.halted
     if halt_after is not None:
         halted = halted | (bad & (streak >= halt_after))
     if on_spike == "halt":
@@ -222,7 +223,7 @@ def add_up(
     codes = torch.arange(stats.outcomes.shape[0], device=verdict.device)
     return AccumulationStats(
         micro_batches=stats.micro_batches + micro_batches,
-        seen=stats.seen + torch.where(applied, weight, 0.0),
+        seen=stats.seen + weight.masked_fill(~applied, 0.0),
         outcomes=stats.outcomes + (codes == verdict),
     )
 

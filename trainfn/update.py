@@ -21,7 +21,7 @@ from trainfn.optim.moments import one_minus_power
 from trainfn.optim.transform import wide
 from trainfn.precision import LossScale, next_scale
 from trainfn.state import Baseline, Params, Report, TrainState, trainable
-from trainfn.tree import evolve, leaf_norms, record, select
+from trainfn.tree import Tree, evolve, leaf_norms, record, select
 
 
 @record
@@ -76,7 +76,9 @@ class Update:
             updates, opt = self.optimizer.update(grads, state.opt, params, state.step)
             new = select(decision.applied, {name: param + updates[name] for name, param in params.items()}, params)
             return evolve(
-                self.conclude(state, found, decision),
+                state,
+                **self.counted(state, found, decision),
+                report=decision.report,
                 params=state.params | new,
                 buffers=select(decision.applied, found.buffers, state.buffers),
                 opt=select(decision.applied, opt, state.opt),
@@ -91,13 +93,11 @@ class Update:
         total, weight = wide(found.total), wide(found.weight)
         loss, grad_norm = total / weight, summed_norm / weight
         verdict = judge(total, weight, summed_norm, state.scale)
-        verdict = torch.where(state.health.halted, int(Verdict.HALTED), verdict)
+        verdict = verdict.masked_fill(state.health.halted, int(Verdict.HALTED))
         baseline = state.health.baseline
         if self.on_spike != "off":
             verdict, baseline = judge_spike(baseline, verdict, loss, grad_norm, skip=self.on_spike != "warn")
-        factor = torch.reciprocal(weight)
-        if self.clip_norm is not None:
-            factor = factor * clip_factor(grad_norm, self.clip_norm)
+        clipped = 1.0 if self.clip_norm is None else clip_factor(grad_norm, self.clip_norm)
         lr = self.optimizer.lr
         report = Report(
             loss=loss,
@@ -107,16 +107,17 @@ class Update:
             lr=torch.full_like(loss, float("nan")) if lr is None else wide(lr(state.step)),
             verdict=verdict,
         )
-        return Decision(verdict=verdict, applied=is_applied(verdict), factor=factor, baseline=baseline, report=report)
+        return Decision(
+            verdict=verdict, applied=is_applied(verdict), factor=clipped / weight, baseline=baseline, report=report
+        )
 
-    def conclude(self, state: TrainState, found: Gradients, decision: Decision) -> TrainState:
-        """Return the state with counters, loss scale, health and report after the step, and all else as it was."""
+    def counted(self, state: TrainState, found: Gradients, decision: Decision) -> dict[str, Tree]:
+        """Return the fields of a state that count and judge, after the step: step, loss scale, health, statistics."""
         verdict, applied = decision.verdict, decision.applied
-        return evolve(
-            state,
-            step=state.step + applied,
-            scale=_rescale(state.scale, verdict),
-            health=track(
+        return {
+            "step": state.step + applied,
+            "scale": _rescale(state.scale, verdict),
+            "health": track(
                 state.health,
                 verdict,
                 applied,
@@ -124,23 +125,24 @@ class Update:
                 halt_after=self.halt_after,
                 on_spike=self.on_spike,
             ),
-            stats=add_up(state.stats, verdict, applied, decision.report.weight, found.micro_batches),
-            report=decision.report,
-        )
+            "stats": add_up(state.stats, verdict, applied, decision.report.weight, found.micro_batches),
+        }
 
-    def average_share(self, step: Tensor) -> Tensor:
+    def average_share(self, step: Tensor, applied: Tensor) -> Tensor:
         """Return the share of the newest parameters in their moving average after update ``step``, [] float64.
 
         The average is ``sum_i decay^(t - i) p_i``, weights made to sum to 1. As with Adam's moments, the correction of
-        the bias of a beginning at 0; here in a recursion that is never biased.
+        the bias of a beginning at 0; here in a recursion that is never biased. Nothing of a step that is not applied:
+        -0.0 and not 0.0, because an average of -0.0 plus 0.0 is 0.0, another bit pattern.
         """
         assert self.ema is not None
-        return (1.0 - self.ema) / one_minus_power(self.ema, wide(step) + 1.0)
+        share = (1.0 - self.ema) / one_minus_power(self.ema, wide(step) + 1.0)
+        return share.masked_fill(~applied, -0.0)
 
     def _averaged(self, state: TrainState, new: Params, applied: Tensor) -> Params | None:
         if state.ema is None:
             return None
-        share = self.average_share(state.step)
+        share = self.average_share(state.step, applied)
         moved = {
             # Not by lerp, which compares the share with 1/2 for every element.
             name: mean + share.to(mean.dtype) * (new[name].to(mean.dtype) - mean)

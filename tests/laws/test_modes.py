@@ -152,6 +152,48 @@ def test_inductor_agrees_with_eager_on_more_nets(setup: Setup) -> None:
     assert digest(run(setup, "graph", donate=True, backend="inductor", steps=5)) == digest(kept)
 
 
+# --- eager mode updates by kernels that write in place ----------------------------------------------------------------
+
+
+class Turned(nn.Module):
+    """``weight`` is read turned, so that its gradient lies the other way round in memory than it does."""
+
+    def __init__(self, rows: int, columns: int) -> None:
+        super().__init__()
+        own = torch.Generator().manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(rows, columns, generator=own))
+        self.slopes = nn.Buffer(torch.randn(columns, rows, generator=own))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.weight.t() * self.slopes).sum() * x
+
+
+@pytest.mark.parametrize("shape", [(300, 400), (700, 600), (1, 400_000), (400_000, 1)])
+@pytest.mark.parametrize("donate", [False, True])
+def test_eager_mode_means_the_plain_step_however_large_a_parameter_is_and_its_gradient_lies(
+    shape: tuple[int, int], donate: bool
+) -> None:
+    model, optimizer = Turned(*shape), adamw(0.1)
+    plain = trainfn.make_step(model, loss=mean_output, optimizer=optimizer, clip_norm=1.0, ema=0.9)
+    step = trainfn.compile(plain, mode="eager", donate=donate)
+    state, right = (trainfn.init(model, optimizer, ema=True) for _ in range(2))
+    for size in (1.0, 2.0):
+        batch = {"x": torch.full((2,), size)}
+        state, right = step(state, batch), plain(right, batch)
+    check_agree(state, right, torch.float32)
+
+
+def test_a_skipped_step_keeps_the_sign_of_a_zero_in_the_average() -> None:
+    model, optimizer = nn.Linear(2, 1), sgd(0.0)
+    with torch.no_grad():
+        model.weight.fill_(-0.0)
+    plain = trainfn.make_step(model, loss="mse", optimizer=optimizer, ema=0.9)
+    state = trainfn.compile(plain, mode="eager", donate=True)(
+        trainfn.init(model, optimizer, ema=True), (torch.full((1, 2), float("nan")), torch.zeros(1, 1))
+    )
+    assert state.ema["weight"].signbit().all()
+
+
 # --- a backward that is wrong on purpose is still the user's backward -------------------------------------------------
 
 

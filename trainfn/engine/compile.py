@@ -10,7 +10,6 @@ that the next call has nothing to look at but the batch. A state from elsewhere 
 
 from __future__ import annotations
 
-import functools
 import time
 import warnings
 from collections.abc import Hashable, Sequence
@@ -24,6 +23,7 @@ from torch import Tensor
 from trainfn.batch import Batch, micro_batches
 from trainfn.engine.choice import Mode, choose
 from trainfn.engine.cudagraph import Asked, Capturing, Cases, check_donated, make_capturing
+from trainfn.engine.held import Held
 from trainfn.engine.layout import Layout, Packed
 from trainfn.engine.memory import keep_pages
 from trainfn.engine.program import Program, ProgramMode, compiling, make_program
@@ -207,7 +207,7 @@ class CompiledStep:
         with surroundings(self.step.model, state, training=True):
             if self.mode == "eager" and self._capturing is not None:
                 return self._captured(self._capturing, form.eager, held, batch, _signature(batch))
-            return form.eager(held.tensors, held.views, batch)
+            return form.eager(held, batch)
 
     def _hold(self, state: TrainState) -> _Held:
         """Return the packs that a state is a view of; for a state from elsewhere, new ones."""
@@ -232,11 +232,11 @@ class CompiledStep:
                 with surroundings(self.step.model, state, training=True, draws=draws), self._unchanged():
                     if self._capturing is not None:
                         return self._captured(self._capturing, form.program, held, batch, key)
-                    return form.program(held.tensors, held.views, batch)
+                    return form.program(held, batch)
             # Whether it draws at all is looked at once: to seed the generators costs 20 us.
             with surroundings(self.step.model, state, training=True):
                 before = [generator.get_state() for generator in generators(state)]
-                report = form.program(held.tensors, held.views, batch)
+                report = form.program(held, batch)
                 after = [generator.get_state() for generator in generators(state)]
                 form.draws[key] = not all(map(torch.equal, before, after))
                 return report
@@ -256,9 +256,7 @@ class CompiledStep:
 
     @staticmethod
     def _captured(capturing: Capturing, program: Program, held: _Held, batch: Batch, key: Hashable) -> Report:
-        return capturing.run(
-            held.cases, key, held.packed, batch, lambda given: program(held.tensors, held.views, given)
-        )
+        return capturing.run(held.cases, key, held.packed, batch, lambda given: program(held, given))
 
     def _first_run(self, state: TrainState, held: _Held, batch: Batch, key: Hashable) -> Report | None:
         """Run the program where it has to be compiled first. None: it cannot be, and ``auto`` goes on in eager."""
@@ -279,7 +277,7 @@ class CompiledStep:
             if self._surprises > _MOST_SURPRISES:
                 raise RuntimeError("something in Python that the model or the loss reads changes from step to step")
             with surroundings(self.step.model, state, training=True), compiling():
-                report = form.program(held.tensors, held.views, batch)
+                report = form.program(held, batch)
         except (TrainfnError, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -335,17 +333,13 @@ class _Form:
     eager: Program | None = None
 
 
-class _Held:
-    """A state in packs, its tensors in a row, and as the views that a user sees."""
+class _Held(Held):
+    """A state of some form, and the recordings over its packs."""
 
     def __init__(self, form: _Form, packed: Packed) -> None:
-        self.form, self.packed = form, packed
-        self.cases: Cases = {}  # recordings over these packs
-        self.tensors = [leaf for _, leaf in named_leaves(packed)]
-
-    @functools.cached_property
-    def views(self) -> TrainState:
-        return self.form.layout.views(self.packed)
+        super().__init__(form.layout, packed)
+        self.form = form
+        self.cases: Cases = {}
 
 
 def _consume(state: TrainState) -> None:

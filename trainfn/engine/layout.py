@@ -12,7 +12,7 @@ pack of its own, in its own shape. Frozen parameters stay where they are. Counte
 
 from __future__ import annotations
 
-import itertools
+import math
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any
 
@@ -52,12 +52,13 @@ class Packed:
 
 @attrs.frozen
 class Slot:
-    """Where a leaf is in a pack, in elements."""
+    """Where a leaf is in a pack, in elements: its room is its size and a gap of zeros."""
 
     name: str
     shape: torch.Size
     start: int
     room: int
+    gap: int
 
     def view(self, flat: Tensor) -> Tensor:
         """Return the leaf in a pack."""
@@ -80,27 +81,31 @@ class Pack:
             return {self.name: flat}
         return {slot.name: slot.view(flat) for slot in self.slots}
 
-    def norms(self, flat: Tensor) -> list[Tensor]:
-        """Return the 2-norms of the leaves in a pack, in their order; those of one size, side by side, as one."""
-        if len(self.slots) == 1:
-            return [leaf_norms(flat)]
-        found, start = [], 0
-        for room, alike in itertools.groupby(self.slots, key=lambda slot: slot.room):
-            count = len(list(alike))
-            found.append(row_norms(flat[start : start + count * room].view(count, room)))
-            start += count * room
-        return found
+    def rows(self) -> tuple[int, list[int]]:
+        """Return the length of rows into which a pack of several can be cut, and how many of them each leaf has."""
+        length = math.gcd(*(slot.room for slot in self.slots)) or 1
+        return length, [slot.room // length for slot in self.slots]
 
     def join(self, leaves: Mapping[str, Tensor]) -> Tensor:
         """Return the pack of these leaves, in new memory if they are several; zeros fill the room between them."""
         if len(self.slots) == 1:
             return leaves[self.name]
         pieces = []
+        zeros: dict[int, Tensor] = {}  # few gaps differ
         for slot in self.slots:
-            leaf = leaves[slot.name].reshape(-1)
-            gap = slot.room - leaf.numel()
-            pieces += [leaf, leaf.new_zeros(gap)] if gap else [leaf]
-        return torch.cat(pieces)
+            leaf = leaves[slot.name]
+            pieces.append(leaf)
+            if slot.gap:
+                if slot.gap not in zeros:
+                    zeros[slot.gap] = leaf.new_zeros(slot.gap)
+                pieces.append(zeros[slot.gap])
+        flatten: Callable[..., Tensor] = torch._utils._flatten_dense_tensors
+        return flatten(pieces)  # reshapes and joins them, by one call from Python
+
+
+def counters(state: TrainState) -> dict[str, Tree]:
+    """Return the counters, the loss scale and the statistics of a state."""
+    return {"step": state.step, "scale": state.scale, "health": state.health, "stats": state.stats}
 
 
 class Layout:
@@ -134,18 +139,17 @@ class Layout:
             return lambda name, param: given[name]
 
         self.optimizer = bound(optimizer, choose)
-        self._owners = dict.fromkeys(params)
+        self._trained_names = dict.fromkeys(params)
         alone = {name: name for name, param in params.items() if most is not None and param.numel() > most}
         self.trained = _packs(params, lambda name: (alone.get(name), *(given[name] for given in answers)))
-        if not all(self._fits(role) for role in self._roles(state.opt)):
+        if not all(self._fits(role) for role in self.roles(state.opt)):
             self.trained = _packs(params, lambda name: name)
         self._buffers = _packs(state.buffers, lambda name: None)
-        self._rest = _packs(self.counters(state), lambda name: None)
+        self._rest = _packs(dict(named_leaves(counters(state))), lambda name: None)
         self._names, self._buffer_names = tuple(state.params), tuple(state.buffers)
         self._by_name = {pack.name: pack for pack in self.trained}
-        places = {slot.name: place for place, slot in enumerate(slot for pack in self.trained for slot in pack.slots)}
-        order = [places[name] for name in params]
-        self._order = None if order == sorted(order) else torch.tensor(order, device=state.step.device)
+        self._rows = {pack.name: pack.rows()[0] for pack in self.trained if len(pack.slots) > 1}
+        self._owners = self._owners_of_rows(params)
         self._like = evolve(state, params={}, buffers={}, ema=None, opt=(), report=None)
 
     def pack(self, state: TrainState) -> Packed:
@@ -155,9 +159,9 @@ class Layout:
                 params={pack.name: pack.join(trainable(state.params)) for pack in self.trained},
                 frozen={name: param for name, param in state.params.items() if not param.requires_grad},
                 buffers=_joined(self._buffers, state.buffers),
-                opt=self._map_roles(self._joined, state.opt),
+                opt=self.map_roles(self._joined, state.opt),
                 ema=None if state.ema is None else self._joined(state.ema),
-                rest=_joined(self._rest, self.counters(state)),
+                rest=_joined(self._rest, dict(named_leaves(counters(state)))),
             )
             given = {id(leaf) for _, leaf in named_leaves(state)}
             return _own(packed, lambda leaf: leaf.detach().clone() if id(leaf) in given else leaf)
@@ -186,7 +190,7 @@ class Layout:
                 self._like,
                 params={name: params[name] for name in self._names},
                 buffers={name: buffers[name] for name in self._buffer_names},
-                opt=self._map_roles(self.split, packed.opt),
+                opt=self.map_roles(self.split, packed.opt),
                 ema=None if packed.ema is None else self.split(packed.ema),
                 **self._numbers(packed),
             )
@@ -202,11 +206,6 @@ class Layout:
             **self._numbers(packed),
         )
 
-    @staticmethod
-    def counters(state: TrainState) -> dict[str, Tensor]:
-        """Return counters, loss scale and statistics by name."""
-        return dict(named_leaves(_rest_of(state)))
-
     def joined(self, found: Gradients) -> Gradients:
         """Return gradients in packs, their buffers too."""
         return self.joined_buffers(evolve(found, grads=self._joined(found.grads)))
@@ -217,8 +216,14 @@ class Layout:
 
     def norms(self, packs: Params) -> Tensor:
         """Return the 2-norm of each gradient in packs, [trained parameters] float64, in the state's order."""
-        norms = torch.cat([part for pack in self.trained for part in pack.norms(packs[pack.name])])
-        return norms if self._order is None else norms[self._order]
+        rows = [
+            row_norms(packs[pack.name].view(-1, self._rows[pack.name]))
+            if pack.name in self._rows
+            else leaf_norms(packs[pack.name])
+            for pack in self.trained
+        ]
+        squares = torch.cat(rows).square()
+        return squares.new_zeros(len(self._trained_names)).index_add_(0, self._owners, squares).sqrt_()
 
     def written(self, after: TrainState) -> Packed:
         """Return what ``update`` returned in the form of a :class:`Packed`, leaf by leaf what a program writes."""
@@ -228,19 +233,15 @@ class Layout:
             buffers=after.buffers,
             opt=after.opt,
             ema=after.ema,
-            rest=_joined(self._rest, self.counters(after)),
+            rest=_joined(self._rest, dict(named_leaves(counters(after)))),
         )
-
-    def is_joined(self, name: str) -> bool:
-        """Return whether the pack of this name holds several parameters."""
-        return len(self._by_name[name].slots) > 1
 
     def split(self, packs: Params) -> Params:
         """Return what is in packs of trained parameters, by name, as views."""
         named: Params = {}
         for name, pack in packs.items():
             named |= self._by_name[name].split(pack)
-        return {name: named[name] for name in self._owners if name in named}
+        return {name: named[name] for name in self._trained_names if name in named}
 
     def split_buffers(self, packs: Buffers) -> Buffers:
         """Return what is in packs of buffers, by name, as views."""
@@ -248,10 +249,18 @@ class Layout:
 
     def _numbers(self, packed: Packed) -> dict[str, Any]:
         rest = _split(self._rest, packed.rest)
-        return map_named(lambda name, leaf: rest[name], _rest_of(self._like))
+        return map_named(lambda name, leaf: rest[name], counters(self._like))
 
     def _joined(self, leaves: Params) -> Params:
         return {pack.name: pack.join(leaves) for pack in self.trained if pack.name in leaves}
+
+    def _owners_of_rows(self, params: Params) -> Tensor:
+        """Return for each row that is measured which parameter it is of."""
+        places = {name: place for place, name in enumerate(params)}
+        slots = [slot for pack in self.trained for slot in pack.slots]
+        counts = [count for pack in self.trained for count in (pack.rows()[1] if len(pack.slots) > 1 else [1])]
+        owners = torch.tensor([places[slot.name] for slot in slots]).repeat_interleave(torch.tensor(counts))
+        return owners.to(next(iter(params.values())).device)
 
     def _fits(self, role: Params) -> bool:
         """Whether what an optimizer keeps for parameters lies in memory as they do, where these share a pack."""
@@ -266,23 +275,24 @@ class Layout:
                 return False
         return True
 
-    def _roles(self, tree: Tree) -> list[Params]:
+    def roles(self, tree: Tree) -> list[Params]:
+        """Return every dict of tensors by parameters' names in an optimizer's state."""
         found: list[Params] = []
 
         def note(role: Params) -> Params:
             found.append(role)
             return role
 
-        self._map_roles(note, tree)
+        self.map_roles(note, tree)
         return found
 
-    def _map_roles(self, fn: Callable[[Params], Params], tree: Tree) -> Tree:
-        """Apply ``fn`` to every dict of tensors by parameters' names, such as the first moments."""
+    def map_roles(self, fn: Callable[[Params], Params], tree: Tree) -> Tree:
+        """Apply ``fn`` to every dict of tensors by parameters' names, such as the first moments, of an optimizer."""
         return map_leaves(lambda leaf: fn(leaf) if isinstance(leaf, dict) else leaf, tree, is_leaf=self._is_role)
 
     def _is_role(self, node: Any) -> bool:
         return isinstance(node, dict) and all(
-            isinstance(leaf, Tensor) and name in self._owners for name, leaf in node.items()
+            isinstance(leaf, Tensor) and name in self._trained_names for name, leaf in node.items()
         )
 
 
@@ -291,10 +301,6 @@ def _own(packed: Packed, own: Callable[[Tensor], Tensor]) -> Packed:
     for param in made.params.values():
         param.requires_grad_()
     return evolve(made, frozen=packed.frozen)
-
-
-def _rest_of(state: TrainState) -> dict[str, Tree]:
-    return {"step": state.step, "scale": state.scale, "health": state.health, "stats": state.stats}
 
 
 def _packs(leaves: Mapping[str, Tensor], key: Callable[[str], Hashable]) -> tuple[Pack, ...]:
@@ -308,7 +314,7 @@ def _packs(leaves: Mapping[str, Tensor], key: Callable[[str], Hashable]) -> tupl
         slots, start = [], 0
         rooms = {name: _room(leaves[name]) for name in names}
         for name in sorted(names, key=lambda name: rooms[name]):  # of one size side by side: their norms are one loop
-            slots.append(Slot(name, leaves[name].shape, start, rooms[name]))
+            slots.append(Slot(name, leaves[name].shape, start, rooms[name], rooms[name] - leaves[name].numel()))
             start += rooms[name]
         packs.append(Pack(tuple(slots)))
     return tuple(packs)

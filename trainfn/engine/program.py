@@ -1,9 +1,9 @@
 """Programs: a step over packs, compiled, that writes the state it is given.
 
-    program(tensors, views, batch) -> Report
+    program(held, batch) -> Report
 
-``tensors`` are those of a :class:`trainfn.engine.layout.Packed`, in a row, and ``views`` the state that they are. What
-a step changes is written in place, which costs nothing: the compiler stores results where the inputs were.
+What a step changes of a :class:`trainfn.engine.held.Held` state is written in place, which costs nothing: the compiler
+stores results where the inputs were.
 
 | mode | programs |
 |---|---|
@@ -30,17 +30,18 @@ from torch import Tensor
 from trainfn.batch import Batch, micro_batches
 from trainfn.engine.cache import kept_programs
 from trainfn.engine.choice import SMALL
+from trainfn.engine.held import Held
 from trainfn.engine.layout import Layout, Packed
 from trainfn.engine.sums import summed
 from trainfn.grad import Gradients, GradientsFn, fold, make_gradients_of, make_loss
 from trainfn.precision import LossScale
 from trainfn.recompute import recomputing
-from trainfn.state import Buffers, Params, Report, TrainState
+from trainfn.state import Buffers, Params, Report
 from trainfn.step import Step
-from trainfn.tree import evolve, map_leaves, named_leaves, select
+from trainfn.tree import evolve, leaves, map_leaves, named_leaves, select
 from trainfn.update import Update
 
-Program = Callable[[list[Tensor], TrainState, Batch], Report]
+Program = Callable[[Held, Batch], Report]
 ProgramMode = Literal["eager", "graph", "split", "accum"]
 
 MOST_PROGRAMS = 64  # batch shapes for which a program is kept
@@ -78,16 +79,17 @@ class _Tensors:
     def __init__(self, layout: Layout, form: Packed) -> None:
         places = iter(range(sum(1 for _ in named_leaves(form))))
         self.layout, self._places = layout, map_leaves(lambda leaf: next(places), form)
-        leaves = [leaf for _, leaf in named_leaves(form)]
+        tensors = leaves(form)
         size = sum(leaf.numel() for leaf in form.params.values())
         # PyTorch's kernels that write in place read scalars in float32; on a CPU that of SGD leaves most of a 16-bit
-        # parameter unwritten (2.13).
-        self.has_kernels = all(
+        # parameter unwritten (2.13). They take what belongs together to lie in memory alike.
+        alike = [role[name].stride() == form.params[name].stride() for role in layout.roles(form.opt) for name in role]
+        self.has_kernels = all(alike) and all(
             param.dtype == torch.float32 or (param.is_cuda and param.dtype != torch.float64)
             for param in form.params.values()
         )
         # On a CPU a wrapper in C++ takes 100 us off a call and adds seconds to a compilation: for short steps.
-        self.is_small = size <= SMALL and all(leaf.device.type == "cpu" for leaf in leaves)
+        self.is_small = size <= SMALL and all(leaf.device.type == "cpu" for leaf in tensors)
 
     def update(self, step: Step) -> Update:
         return attrs.evolve(step.update, optimizer=self.layout.optimizer)
@@ -109,33 +111,24 @@ def _eager(step: Step, form: _Tensors, backend: Any) -> Program:
     layout, update = form.layout, form.update(step)
     fused = update.optimizer.fused if form.has_kernels else None
 
-    def program(tensors: list[Tensor], views: TrainState, batch: Batch) -> Report:
-        parts = micro_batches(batch, step.accumulate)
-        found = summed(layout, step.gradients, views, parts)
+    def program(held: Held, batch: Batch) -> Report:
+        found = summed(layout, step.gradients, held.views, micro_batches(batch, step.accumulate))
         with torch.no_grad():
             found, norms = layout.joined_buffers(found), layout.norms(found.grads)
             if fused is None:
-                return form.apply(update, tensors, found, norms)
-            state = layout.packs(form.packed(tensors))
-            decision = update.decide(state, found, norms)
-            applied, factor = decision.applied, decision.factor
-            # What was joined or added up is in memory of our own. What was not may be anyone's: a backward may return
-            # the batch itself.
-            grads = {}
-            for name, grad in found.grads.items():
-                scaled = _scaled(grad, factor, in_place=len(parts) > 1 or layout.is_joined(name))
-                grads[name] = scaled.to(state.params[name].dtype)
-            fused(state.params, grads, state.opt, state.step, applied)
-            if state.ema is not None:
-                share = torch.where(applied, update.average_share(state.step), 0.0)
-                for name, mean in state.ema.items():
-                    mean.lerp_(state.params[name].detach().to(mean.dtype), share.to(mean.dtype))
-            after = update.conclude(state, found, decision)
-            for name, buffer in select(applied, found.buffers, state.buffers).items():
-                state.buffers[name].copy_(buffer)
-            old, new = (list(layout.counters(each).values()) for each in (state, after))
-            torch._foreach_copy_(old, new)
-            return after.report
+                return form.apply(update, held.tensors, found, norms)
+            before = held.packs
+            decision = update.decide(before, found, norms)
+            write = fused(before.step, decision.report.lr, decision.applied)
+            share = update.average_share(before.step, decision.applied) if before.ema is not None else None
+            for piece in held.pieces:
+                write(piece.params, _scaled(piece.part(found.grads), decision.factor, piece.params), piece.opt)
+                if share is not None and piece.ema is not None:
+                    _average(piece.ema, piece.params, share)
+            for name, buffer in select(decision.applied, found.buffers, before.buffers).items():
+                before.buffers[name].copy_(buffer)
+            torch._foreach_copy_(held.counters, leaves(update.counted(before, found, decision)))
+            return decision.report
 
     return program
 
@@ -150,8 +143,8 @@ def _graph(step: Step, form: _Tensors, backend: Any) -> Program:
 
     compiled = _compiled(whole, form, backend)
 
-    def program(tensors: list[Tensor], views: TrainState, batch: Batch) -> Report:
-        report: Report = compiled(tensors, batch)
+    def program(held: Held, batch: Batch) -> Report:
+        report: Report = compiled(held.tensors, batch)
         return report
 
     return program
@@ -178,9 +171,9 @@ def _split(step: Step, form: _Tensors, backend: Any) -> Program:
 
     program = _in_two(step, form, backend, make_gradients_of(_compiled(forward, form, backend)))
 
-    def recomputed(tensors: list[Tensor], views: TrainState, batch: Batch) -> Report:
+    def recomputed(held: Held, batch: Batch) -> Report:
         with recomputing(step.model, step.checkpoint):
-            return program(tensors, views, batch)
+            return program(held, batch)
 
     return recomputed if step.checkpoint else program
 
@@ -194,16 +187,25 @@ def _in_two(step: Step, form: _Tensors, backend: Any, gradients: GradientsFn) ->
 
     finishing = _compiled(finish, form, backend)
 
-    def program(tensors: list[Tensor], views: TrainState, batch: Batch) -> Report:
-        report: Report = finishing(tensors, summed(layout, gradients, views, micro_batches(batch, step.accumulate)))
+    def program(held: Held, batch: Batch) -> Report:
+        found = summed(layout, gradients, held.views, micro_batches(batch, step.accumulate))
+        report: Report = finishing(held.tensors, found)
         return report
 
     return program
 
 
-def _scaled(grad: Tensor, factor: Tensor, *, in_place: bool) -> Tensor:
-    share = factor.to(grad.dtype)
-    return grad.mul_(share) if in_place else grad * share
+def _scaled(grads: Params, factor: Tensor, params: Params) -> Params:
+    """Return gradients times a factor, in new memory and laid out as the parameters are: kernels take it for granted.
+
+    What a backward returns may lie otherwise, or be anyone's: the batch itself.
+    """
+    return {name: torch.mul(grad, factor, out=torch.empty_like(params[name])) for name, grad in grads.items()}
+
+
+def _average(means: Params, params: Params, share: Tensor) -> None:
+    for name, mean in means.items():
+        mean.lerp_(params[name].to(mean.dtype), share.to(mean.dtype))
 
 
 def _copy(old: Tensor, new: Tensor) -> None:

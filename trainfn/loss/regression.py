@@ -83,7 +83,9 @@ def predictions_of(outputs: Any) -> Tensor:
     >>> predictions_of({"predictions": torch.ones(2), "hidden": torch.zeros(3)})
     tensor([1., 1.])
     """
-    found = outputs.get("predictions") if isinstance(outputs, dict) else getattr(outputs, "predictions", None)
+    found = None
+    if not isinstance(outputs, Tensor):
+        found = outputs.get("predictions") if isinstance(outputs, dict) else getattr(outputs, "predictions", None)
     found = from_eight_bits(found) if isinstance(found, Tensor) else logits_of(outputs)
     if not found.dtype.is_floating_point:
         raise ModelError(
@@ -105,8 +107,10 @@ def predicted_and_wanted(outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
             [4.]])
     """
     predictions, wanted = predictions_of(outputs), target(batch)
-    _check(predictions, wanted)
     wide = widened(predictions)
+    if isinstance(wanted, Tensor) and wanted.shape == wide.shape and wanted.dtype == wide.dtype:
+        return wide, wanted
+    _check(predictions, wanted)
     return wide, wanted.to(wide.dtype).reshape(wide.shape)
 
 

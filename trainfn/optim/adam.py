@@ -64,5 +64,5 @@ def adam(
 
     name = call("adam", lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, decay=decay)
     bind = rebind(lambda chosen: adam(lr, betas=betas, eps=eps, weight_decay=weight_decay, decay=chosen), decay)
-    fused = make_fused_adam(torch._fused_adam_, schedule, betas, eps, weight_decay, decay)
+    fused = make_fused_adam(torch._fused_adam_, betas, eps, weight_decay, decay)
     return Transform(partial(init_moments, betas=betas), update, name, schedule, bind=bind, fused=fused)

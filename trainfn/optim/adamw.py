@@ -69,5 +69,5 @@ def adamw(
 
     name = call("adamw", lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, decay=decay)
     bind = rebind(lambda chosen: adamw(lr, betas=betas, eps=eps, weight_decay=weight_decay, decay=chosen), decay)
-    fused = make_fused_adam(torch._fused_adamw_, schedule, betas, eps, weight_decay, decay)
+    fused = make_fused_adam(torch._fused_adamw_, betas, eps, weight_decay, decay)
     return Transform(partial(init_moments, betas=betas), update, name, schedule, bind=bind, fused=fused)

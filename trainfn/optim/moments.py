@@ -22,7 +22,7 @@ from torch import Tensor
 
 from trainfn.optim.decay import Decay, by_decay
 from trainfn.optim.settings import PREDICATE, RATE, Rules, pair_of_shares
-from trainfn.optim.transform import Hyper, Scalar, Schedule, narrow, value_at, wide
+from trainfn.optim.transform import Fused, Hyper, Scalar, narrow, value_at, wide
 from trainfn.state import Params
 from trainfn.tree import record
 
@@ -137,17 +137,16 @@ def power(base: float, t: Tensor) -> Tensor:
 
 def one_minus_power(base: float, t: Tensor) -> Tensor:
     """Return ``1 - base^t``, which corrects the bias of a running mean that began at 0."""
-    return 1.0 - power(base, t)
+    return -torch.expm1(t * math.log(base)) if base > 0.0 else torch.ones_like(t)
 
 
 def make_fused_adam(
     kernel: Callable[..., None],
-    lr: Schedule,
     betas: tuple[Hyper, Hyper],
     eps: Hyper,
     weight_decay: Hyper,
     decay: Decay | None,
-) -> Callable[[Params, Params, AdamState, Tensor, Tensor], None] | None:
+) -> Fused | None:
     """Return Adam's update as one call of ``kernel`` for what is decayed and one for what is not, in place.
 
     None if a setting that the kernel takes as a number is a schedule.
@@ -155,26 +154,29 @@ def make_fused_adam(
     if any(callable(setting) for setting in (*betas, eps, weight_decay)):
         return None
 
-    def fused(params: Params, grads: Params, state: AdamState, step: Tensor, applied: Tensor) -> None:
-        t, rate = (step + 1).float(), lr(step).float()
-        skipped = (~applied).float()
-        for names, share in by_decay(params, cast(float, weight_decay), decay):
-            kernel(
-                [params[name].detach() for name in names],
-                [grads[name] for name in names],
-                [state.mu[name] for name in names],
-                [state.nu[name] for name in names],
-                [],
-                [t] * len(names),
-                lr=rate,
-                beta1=betas[0],
-                beta2=betas[1],
-                weight_decay=share,
-                eps=eps,
-                amsgrad=False,
-                maximize=False,
-                found_inf=skipped,
-            )
+    def fused(step: Tensor, lr: Tensor, applied: Tensor) -> Callable[[Params, Params, AdamState], None]:
+        t, rate, skipped = (step + 1).float(), lr.float(), (~applied).float()
+
+        def write(params: Params, grads: Params, state: AdamState) -> None:
+            for names, share in by_decay(params, cast(float, weight_decay), decay):
+                kernel(
+                    [params[name] for name in names],
+                    [grads[name] for name in names],
+                    [state.mu[name] for name in names],
+                    [state.nu[name] for name in names],
+                    [],
+                    [t] * len(names),
+                    lr=rate,
+                    beta1=betas[0],
+                    beta2=betas[1],
+                    weight_decay=share,
+                    eps=eps,
+                    amsgrad=False,
+                    maximize=False,
+                    found_inf=skipped,
+                )
+
+        return write
 
     return fused
 

@@ -9,6 +9,7 @@ References:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -81,23 +82,28 @@ def sgd(
             updates[name] = direction * -rate.to(direction.dtype)
         return updates, SGDState(momentum=buffers)
 
-    def fused(params: Params, grads: Params, state: SGDState, step: Tensor, applied: Tensor) -> None:
+    def fused(step: Tensor, lr: Tensor, applied: Tensor) -> Callable[[Params, Params, SGDState], None]:
         kernel: Any = torch._fused_sgd_
-        for names, share in by_decay(params, cast(float, weight_decay), decay):
-            kernel(
-                [params[name].detach() for name in names],
-                [grads[name] for name in names],
-                [state.momentum[name] for name in names] if momentum else [],
-                weight_decay=share,
-                momentum=momentum,
-                lr=schedule(step).float(),
-                dampening=0.0,
-                nesterov=nesterov,
-                maximize=False,
-                is_first_step=False,
-                grad_scale=None,
-                found_inf=(~applied).float(),
-            )
+        rate, skipped = lr.float(), (~applied).float()
+
+        def write(params: Params, grads: Params, state: SGDState) -> None:
+            for names, share in by_decay(params, cast(float, weight_decay), decay):
+                kernel(
+                    [params[name] for name in names],
+                    [grads[name] for name in names],
+                    [state.momentum[name] for name in names] if momentum else [],
+                    weight_decay=share,
+                    momentum=momentum,
+                    lr=rate,
+                    dampening=0.0,
+                    nesterov=nesterov,
+                    maximize=False,
+                    is_first_step=False,
+                    grad_scale=None,
+                    found_inf=skipped,
+                )
+
+        return write
 
     name = call("sgd", lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, decay=decay)
     bind = rebind(

@@ -44,6 +44,13 @@ Choose = Callable[[Predicate], Callable[[str, Tensor], Any]]
 """Takes a predicate, and returns one that gives the same answers by the name alone."""
 
 
+Fused = Callable[[Tensor, Tensor, Tensor], Callable[[Params, Params, Any], None]]
+"""``(step, lr, applied) -> (params, grads, opt_state) -> None``: an update that is written into ``params`` and
+``opt_state``, or nothing where ``applied``, [] bool, is false; ``lr`` is what the Transform's own gives at ``step``.
+What it returns may be called for one part of the elements after another, which lie in memory alike in all that it is
+given. For steps that are not compiled, and parameters in float32 or less."""
+
+
 class Transform(NamedTuple):
     """A pair of pure functions, what learning rate they use, what they are called, and what they leave alone.
 
@@ -57,9 +64,8 @@ class Transform(NamedTuple):
         bind: ``choose -> Transform``, the same ``update`` with every predicate replaced by ``choose(predicate)``; None
             if it looks at shapes. Parameters for which all choices are alike may then be laid end to end, and updated
             as one tensor under the name of any of them: ``update`` is elementwise, but for norms over all tensors.
-        fused: ``(params, grads, opt_state, step, applied) -> None``, the whole update written into ``params`` and
-            ``opt_state`` by a kernel of PyTorch's, or nothing where ``applied`` is false; None where there is no such
-            kernel. For steps that are not compiled, and parameters in float32 or less.
+        fused: the same update, by a kernel of PyTorch's that writes in place, see :data:`Fused`; None where there is no
+            such kernel.
     """
 
     init: Callable[[Params], Tree]
@@ -68,7 +74,7 @@ class Transform(NamedTuple):
     lr: Schedule | None = None
     frozen: Frozen | None = None
     bind: Callable[[Choose], Transform] | None = None
-    fused: Callable[[Params, Params, Any, Tensor, Tensor], None] | None = None
+    fused: Fused | None = None
 
 
 def chain(*transforms: Transform) -> Transform:

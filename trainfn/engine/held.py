@@ -1,0 +1,97 @@
+"""A state as the packs that it lies in, and the forms of it that programs take.
+
+Each form is made once: the memory of a donated state stays where it is from step to step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+
+from torch import Tensor
+
+from trainfn.engine.layout import Layout, Packed, counters
+from trainfn.state import Params, TrainState
+from trainfn.tree import Tree, leaves, named_leaves
+
+_MOST_AT_ONCE = 2**18  # numbers: with moments, average and gradient 5 MB, which a CPU's cache holds
+
+
+class Held:
+    """A packed state.
+
+    Attributes:
+        layout: how it is packed.
+        packed: its packs.
+        tensors: the same, in a row.
+        views: the state that a user sees; its report, seed and cursor are to be filled in.
+        packs: the state that an update takes, packs in place of leaves.
+        counters: its counters, loss scale and statistics, in a row.
+        pieces: what is trained, in parts.
+    """
+
+    def __init__(self, layout: Layout, packed: Packed) -> None:
+        self.layout, self.packed = layout, packed
+        self.tensors = [leaf for _, leaf in named_leaves(packed)]
+
+    @cached_property
+    def views(self) -> TrainState:
+        return self.layout.views(self.packed)
+
+    @cached_property
+    def packs(self) -> TrainState:
+        return self.layout.packs(self.packed)
+
+    @cached_property
+    def counters(self) -> list[Tensor]:
+        return leaves(counters(self.packs))
+
+    @cached_property
+    def pieces(self) -> list[Piece]:
+        return [Piece(self, places) for places in _places(self.packed.params)]
+
+
+_Place = tuple[int, int] | None  # first row and number of rows; None for all of a pack
+
+
+class Piece:
+    """A part of what is trained, which goes through all of an update before the next part does.
+
+    On a CPU it then stays in the cache meanwhile: for 16.8 million parameters 26 ms instead of 31.
+
+    Attributes:
+        params, opt, ema: as in a state, by name of pack.
+    """
+
+    def __init__(self, held: Held, places: dict[str, _Place]) -> None:
+        self._places = places
+        self.params = self.part({name: param.detach() for name, param in held.packed.params.items()})
+        self.opt: Tree = held.layout.map_roles(self.part, held.packed.opt)
+        self.ema = None if held.packed.ema is None else self.part(held.packed.ema)
+
+    def part(self, packs: Params) -> Params:
+        """Return what this piece is of packs, by name, as views."""
+        return {
+            name: packs[name] if place is None else packs[name].narrow(0, *place)
+            for name, place in self._places.items()
+            if name in packs
+        }
+
+
+def _places(params: Params) -> Iterator[dict[str, _Place]]:
+    """Yield what each piece consists of: large packs are cut along their first dimension, small ones stay together."""
+    together: dict[str, _Place] = {}
+    room = _MOST_AT_ONCE
+    for name, param in params.items():
+        size, rows = param.numel(), len(param) if param.ndim and param.is_contiguous() else 1
+        if param.device.type == "cpu" and size > _MOST_AT_ONCE and rows > 1:
+            most = max(1, _MOST_AT_ONCE * rows // size)
+            for first in range(0, rows, most):
+                yield {name: (first, min(most, rows - first))}
+            continue
+        if param.device.type == "cpu" and size > room and together:
+            yield together
+            together, room = {}, _MOST_AT_ONCE
+        together[name], room = None, room - size
+    if together:
+        yield together
