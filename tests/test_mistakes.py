@@ -107,7 +107,7 @@ def test_empty_data(data):
 
 
 def test_data_of_an_unsupported_kind():
-    refused(DataError, data=iter([X]))
+    refused(DataError, data={1, 2})
 
 
 def test_neither_max_steps_nor_max_epochs():

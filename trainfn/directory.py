@@ -26,6 +26,9 @@ HARMLESS = {
 }  # fmt: skip
 """Settings that may change from one part of a run to the next without changing one bit of its states."""
 
+POSITION = "position"
+"""Under this name, where a stream was is among the settings in a manifest."""
+
 _UNSAID = {"resume", "out_dir", "progress", "stop", "compile", "compile_mode", "threads", "hardware"}
 _POSITION = ("seed", "batch_size", "accumulate", "shuffle", "drop_last")
 _BETTER: dict[Literal["max", "min"], tuple[str, ...]] = {

@@ -63,7 +63,7 @@ def fit(
         data: a tensor or NumPy array, a tuple ``(inputs, target)`` or a dict of them, a map-style data set, a
             ``torch.utils.data.DataLoader`` (its data set, batch size, shuffling, collate function and workers are
             read), a pandas frame with a ``task`` that says the target, or a function ``batch(index)`` with
-            ``max_steps``.
+            ``max_steps``; or, also with ``max_steps``, what can only be iterated over (:class:`trainfn.data.Stream`).
         loss: a registered name, or a function ``loss(outputs, batch)`` that returns a ``LossSum`` or a mean. It may be
             left out where there is a ``task``, and comes before the task's where there are both.
         task: what kind of problem it is, by name (``"vision_classification"``) or as a :class:`trainfn.TaskSpec`: it
@@ -122,15 +122,16 @@ def carry_out(planned: Plan, observers: Sequence[Observer] = (), on_signal: OnSi
     )
     last = {"val_loss": math.nan}
 
-    def known() -> dict[str, Any]:
+    def known(state: TrainState) -> dict[str, Any]:
         row = recorder.rows[-1] if recorder.rows else {}
         metrics = {name: value for name, value in row.items() if isinstance(value, (int, float))}
         mode = {"config": planned.record["config"] | {"compile_mode": planned.step.mode} | rollback.record}
+        mode["config"] |= planned.position(state.cursor)
         return planned.record | mode | {"metrics": metrics}
 
     def keep(state: TrainState) -> Path | None:
         saver.drain()
-        return save(state, config.out_dir, **known()) if config.out_dir is not None else None
+        return save(state, config.out_dir, **known(state)) if config.out_dir is not None else None
 
     def result() -> FitResult:
         best = best_row(recorder.rows, planned.retention)
@@ -163,7 +164,7 @@ def carry_out(planned: Plan, observers: Sequence[Observer] = (), on_signal: OnSi
     listened = listening(usr1=on_signal is not None)
     with listened as listener, saver, taken as course, collecting_at_rows() as collect, Rescue(rescue):
         if rollback.wanted and not steps(config.out_dir or ""):
-            saver.save(state, **known())
+            saver.save(state, **known(state))
         for state in until_told(course, listener):
             recorder.step(state)
             progress.step(state)
@@ -196,7 +197,7 @@ def carry_out(planned: Plan, observers: Sequence[Observer] = (), on_signal: OnSi
                 wanted |= due.evaluation and planned.retention.among_best(recorder.rows[:-1], row)
             unsaved = not wanted and config.out_dir is not None
             if wanted and config.out_dir is not None:
-                saver.save(state, **known())
+                saver.save(state, **known(state))
                 saved = time.perf_counter()
             if told is not None:
                 if not answer(told):
@@ -208,7 +209,7 @@ def carry_out(planned: Plan, observers: Sequence[Observer] = (), on_signal: OnSi
             if spoilt := spoilt_by(state, saver.newest):
                 raise spoilt
             recorder.row(state, {})
-            saver.save(state, **known())
+            saver.save(state, **known(state))
         left = listener.heard
         answer(left)
     if left is not None:

@@ -8,7 +8,7 @@ import platform
 import torch
 from torch import nn
 
-from trainfn.data import Loader
+from trainfn.data import Feed, Stream
 from trainfn.directory import HARMLESS, changes
 from trainfn.errors import listed
 from trainfn.plan import Plan
@@ -64,10 +64,15 @@ def _describe_task(plan: Plan) -> str:
     )
 
 
-def _describe_data(loader: Loader, val_loader: Loader | None) -> str:
+def _describe_data(loader: Feed, val_loader: Feed | None) -> str:
+    held_out = "; nothing to evaluate on"
+    if val_loader is not None:
+        held_out = "; a stream" if isinstance(val_loader, Stream) else f"; {val_loader.examples:,}"
+        held_out += " to evaluate on"
+    if isinstance(loader, Stream):
+        return f"{loader.title}{held_out}"
     if loader.endless:
-        return "batches that a function makes" + (f"; {val_loader.examples:,} to evaluate on" if val_loader else "")
-    held_out = f"; {val_loader.examples:,} to evaluate on" if val_loader else "; nothing to evaluate on"
+        return "batches that a function makes" + (held_out if val_loader else "")
     return f"{loader.examples:,} examples, {loader.batches_per_epoch:,} steps an epoch{held_out}"
 
 
@@ -77,14 +82,15 @@ def _describe_device(device: torch.device) -> str:
     return f"{device}, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
 
 
-def _describe_step(config: TrainConfig, loader: Loader, first_weight: float) -> str:
+def _describe_step(config: TrainConfig, loader: Feed, first_weight: float) -> str:
     examples = min(config.batch_size * config.accumulate, loader.examples)
     per_step = first_weight * config.accumulate
     clip = "no clipping" if config.clip_norm is None else f"clip to norm {config.clip_norm:g}"
     ema = "" if config.ema is None else f", EMA {config.ema:g} (evaluated and returned)"
     size = f"{examples} examples ({config.batch_size} x {config.accumulate})"
-    if loader.endless:
-        size = "one batch of the function" + (f" in {config.accumulate} parts" if config.accumulate > 1 else "")
+    if loader.endless or (isinstance(loader, Stream) and loader.is_whole):
+        size = f"one batch of the {'function' if loader.endless else 'stream'}"
+        size += f" in {config.accumulate} parts" if config.accumulate > 1 else ""
     return f"{size}, about {per_step:,.0f} counted by the loss (tokens, labels); {clip}{ema}; seed {config.seed}"
 
 

@@ -66,7 +66,7 @@ class Recorder:
     def row(self, state: TrainState, metrics: Mapping[str, float]) -> Row:
         """Read the pending reports, and write and return the row that they and the metrics make."""
         seconds = time.perf_counter() - self._began
-        row: Row = {"step": state.cursor, "epoch": (state.cursor - 1) // self._plan.loader.batches_per_epoch}
+        row: Row = {"step": state.cursor, "epoch": self._plan.loader.epoch(state.cursor - 1)}
         table, totals = _read(self._pending, state)
         if self._pending:
             verdicts = dict(enumerate((Verdict(int(line[-1])) for line in table), state.cursor - len(table)))

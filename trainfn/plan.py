@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from trainfn.batch import Batch, micro_batches
-from trainfn.data import Loader, to_device
-from trainfn.directory import check_writable, machine, make_retention, resume
+from trainfn.data import Feed, make_feed, to_device
+from trainfn.directory import POSITION, check_writable, machine, make_retention, resume
 from trainfn.engine import CompiledStep, compile
 from trainfn.errors import ConfigError, DataError, ModelError, TrainfnError
 from trainfn.faults import is_out_of_memory, memory_error
@@ -60,8 +60,8 @@ class Plan:
     optimizer: Transform
     step: CompiledStep
     state: TrainState
-    loader: Loader
-    val_loader: Loader | None
+    loader: Feed
+    val_loader: Feed | None
     metrics: tuple[Metric, ...]
     stop: int
     device: torch.device
@@ -75,6 +75,11 @@ class Plan:
     def to_device(self, batch: Batch) -> Batch:
         """Return the batch with its tensors on the run's device."""
         return to_device(batch, self.device)
+
+    def position(self, cursor: int) -> dict[str, Any]:
+        """Return where the data are, as a field of a checkpoint's settings; nothing where the number says it."""
+        found = self.loader.position(cursor)
+        return {POSITION: found} if found else {}
 
 
 def plan(
@@ -186,7 +191,11 @@ def decide(
     if config.out_dir is not None and locks:
         held.enter_context(writing(config.out_dir))
         clean(config.out_dir)
+    if config.out_dir is not None:
+        loader.check_position()
     state, resumed_from, manifest = resume(config, state, record)
+    if manifest is not None and state.cursor < stop:
+        loader.seek(state.cursor, manifest.config.get(POSITION, {}))
     compiled = compile(step, mode=_mode(config, manifest), donate=True, cuda_graph=config.cuda_graph, steps=stop)
     if config.cuda_graph is True:
         compiled.settle(state)  # raises where there can be none
@@ -221,9 +230,9 @@ def _device(name: str) -> torch.device:
         ) from error
 
 
-def _loaders(config: TrainConfig, taken: Intake, device: torch.device) -> tuple[Loader, Loader | None]:
+def _loaders(config: TrainConfig, taken: Intake, device: torch.device) -> tuple[Feed, Feed | None]:
     pin, val_data = device.type == "cuda", taken.val_data
-    loader = Loader(
+    loader = make_feed(
         taken.data,
         batch_size=config.batch_size * config.accumulate,
         seed=config.seed,
@@ -233,10 +242,11 @@ def _loaders(config: TrainConfig, taken: Intake, device: torch.device) -> tuple[
         timeout=config.worker_timeout,
         pin=pin,
         collate=taken.collate,
+        keep=config.log_every if pin else 1,  # on a GPU it is seen at a row that a run has to halt
     )
     if val_data is None:
         return loader, None
-    return loader, Loader(
+    return loader, make_feed(
         val_data,
         batch_size=config.batch_size,
         shuffle=False,
@@ -247,7 +257,7 @@ def _loaders(config: TrainConfig, taken: Intake, device: torch.device) -> tuple[
     )
 
 
-def _stop(config: TrainConfig, loader: Loader) -> int:
+def _stop(config: TrainConfig, loader: Feed) -> int:
     return min(config.max_steps or 2**62, (config.max_epochs or 2**62) * loader.batches_per_epoch)
 
 
@@ -273,7 +283,7 @@ def _metrics(metrics: Sequence[str | Metric], loss: str | Loss, val_data: object
     return found
 
 
-def _first_loss(step: Step, state: TrainState, batch: Batch, loaders: dict[str, Loader]) -> LossSum:
+def _first_loss(step: Step, state: TrainState, batch: Batch, loaders: dict[str, Feed]) -> LossSum:
     """Run the first micro-batch through model and loss, so that what does not fit is found before any work is done."""
     batch_length(batch)
     part = micro_batches(batch, step.accumulate)[0]

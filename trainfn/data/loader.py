@@ -10,19 +10,19 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import traceback
 from collections.abc import Generator, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
 from trainfn.data.collators import Collate
 from trainfn.data.order import order
+from trainfn.data.parcel import Parcel, packed, unchanged
 from trainfn.data.source import Batch, Source, Tensors, is_function, make_source
 from trainfn.data.workers import POLL, delivered
-from trainfn.errors import ConfigError, TrainfnError
+from trainfn.errors import ConfigError
 from trainfn.tree import digest, map_leaves, named_leaves, split
 
 # The order is computed for a block of batches at a time: about this many positions, at most this many batches.
@@ -149,6 +149,31 @@ class Loader:
         _check(start=(start, 0), stop=(stop, 0))
         return self._stream(range(start, stop))
 
+    def one_pass(self, limit: int | None = None) -> Generator[Batch, None, None]:
+        """Return an iterator over the batches of the first epoch, or the first ``limit`` of them."""
+        return self.batches(0, self.batches_per_epoch if limit is None else min(limit, self.batches_per_epoch))
+
+    def sample(self, most: int) -> Iterator[Batch]:
+        """Yield batches from all over the data, at least two if there are two, with ``most`` examples or so.
+
+        >>> [batch.tolist() for batch in Loader(torch.arange(100), batch_size=5, shuffle=False).sample(10)]
+        [[0, 1, 2, 3, 4], [95, 96, 97, 98, 99]]
+        """
+        number = min(8, max(2, most // self.batch_size)) if not self.endless else 2
+        last = 1 if self.endless else self.batches_per_epoch - 1
+        for cursor in sorted({round(last * at / max(number - 1, 1)) for at in range(number)}):
+            yield self.batch(cursor)
+
+    def position(self, cursor: int) -> dict[str, Any]:
+        """Return what a checkpoint keeps to find batch ``cursor`` again: nothing, its number is enough."""
+        return {}
+
+    def check_position(self) -> None:
+        """Do nothing: there is no position that could not be saved."""
+
+    def seek(self, cursor: int, position: dict[str, Any]) -> None:
+        """Do nothing: any batch is found by its number."""
+
     def fingerprint(self) -> str:
         """Return 16 hex digits that tell this data from other data: its size, form, and first, middle and last example.
 
@@ -213,61 +238,25 @@ class Loader:
             _Parcels(self),
             sampler=numbers,
             batch_size=None,
-            collate_fn=_unchanged,
+            collate_fn=unchanged,
             num_workers=self.workers,
             timeout=POLL if self.workers else 0,
             pin_memory=self.pin and torch.accelerator.is_available(),
             generator=torch.Generator(),  # an iterator draws a seed for its workers when it starts
         )
-        with contextlib.closing(delivered(parcels, numbers, limit=self.timeout)) as arriving:
+        with contextlib.closing(delivered(iter(parcels), numbers, limit=self.timeout)) as arriving:
             for parcel in arriving:
                 yield parcel.open()
 
 
-class _Parcel:
-    """What the DataLoader passes on: a batch, or the error that came instead of it.
-
-    It carries the error as a value because a DataLoader remakes a worker's exception from its text alone.
-    """
-
-    def __init__(self, batch: Batch, error: TrainfnError | None = None, cause: BaseException | None = None) -> None:
-        self.batch, self.error, self.cause = batch, error, cause
-
-    def open(self) -> Batch:
-        if self.error is not None:
-            raise self.error from self.cause
-        return self.batch
-
-    def pin_memory(self) -> _Parcel:
-        def pin(leaf: Any) -> Any:
-            on_host = not isinstance(leaf, Tensor) or leaf.device.type == "cpu"
-            return leaf.pin_memory() if on_host and hasattr(leaf, "pin_memory") else leaf
-
-        return _Parcel(map_leaves(pin, self.batch), self.error, self.cause)
-
-
-class _Parcels(Dataset[_Parcel]):
+class _Parcels(Dataset[Parcel]):
     """A loader's batches by number, as the data set that the DataLoader reads."""
 
     def __init__(self, loader: Loader) -> None:
         self._loader = loader
 
-    def __getitem__(self, cursor: int) -> _Parcel:
-        try:
-            return _Parcel(self._loader.batch(cursor))
-        except TrainfnError as error:
-            cause, worker = error.__cause__, get_worker_info()
-            if worker is not None:
-                where = f"{error.where}, in data worker {worker.id}"
-                error = type(error)(error.what, where=where, expected=error.expected, got=error.got, hint=error.hint)
-            if cause is not None and worker is not None:
-                # A traceback cannot be pickled, and an exception of the data set's own class may not be.
-                cause = RuntimeError("in a data worker:\n" + "".join(traceback.format_exception(cause)))
-            return _Parcel(None, error, cause)
-
-
-def _unchanged(parcel: Any) -> Any:
-    return parcel
+    def __getitem__(self, cursor: int) -> Parcel:
+        return packed(lambda: self._loader.batch(cursor))
 
 
 def _check(**settings: tuple[int, int]) -> None:

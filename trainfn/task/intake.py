@@ -8,10 +8,11 @@ from typing import Any, cast
 import attrs
 from torch.utils.data import DataLoader
 
-from trainfn.data import read_frame
+from trainfn.data import Batched, is_stream, read_frame
 from trainfn.data.collators import Collate, choose_collator
 from trainfn.data.forms import is_frame, read_data_loader
-from trainfn.data.source import is_function
+from trainfn.data.passes import is_loader
+from trainfn.data.source import is_function, kind_of
 from trainfn.errors import ConfigError, DataError
 from trainfn.loss import Loss
 from trainfn.metric import Metric
@@ -83,9 +84,13 @@ def take_in(
         )
     data, val_data, spec_for_data = _frames(data, val_data, spec)
     by_hand, by_hand_val = collate, collate
-    if isinstance(data, DataLoader):
+    if is_stream(data):
+        _check_stream(data, config, given)
+    elif isinstance(data, DataLoader):
         config, data, by_hand = _from_loader(config, given, data, collate)
-    if isinstance(val_data, DataLoader):
+    if is_stream(val_data):
+        _check_val_stream(val_data)
+    elif isinstance(val_data, DataLoader):
         val_data, by_hand_val = _evaluated(val_data, collate)
     if is_function(data):
         _check_function(config, given)
@@ -156,6 +161,33 @@ def _evaluated(loader: DataLoader[Any], collate: str | Collate | None) -> tuple[
             "An evaluation is over all examples.", where="val_data", got="a DataLoader with drop_last=True"
         )
     return read.dataset, collate if read.collate is None else read.collate
+
+
+def _check_stream(data: object, config: TrainConfig, given: Mapping[str, Any]) -> None:
+    decided = ["max_epochs", "shuffle", "group_by_length"]
+    if is_loader(data):
+        decided += ["batch_size", "drop_last", "workers", "worker_timeout"]
+    wrong = [f"{name}={given[name]}" for name in decided if given.get(name)]
+    if config.max_steps is None:
+        wrong.append("max_steps missing: how long an epoch of a stream is, nobody knows before it has ended")
+    if wrong:
+        raise ConfigError(
+            "A stream is read in its own order, and does not say how long it is.",
+            where=f"data, {kind_of(data)}",
+            got="; ".join(wrong),
+            hint="say max_steps= (and eval_every=, which cannot be once an epoch), and leave out the others: "
+            "what can be shuffled, a data set shuffles itself",
+        )
+
+
+def _check_val_stream(data: object) -> None:
+    if hasattr(type(data.data if isinstance(data, Batched) else data), "__next__"):
+        raise DataError(
+            "An iterator can be gone through once, and evaluations are many.",
+            where="val_data",
+            got=kind_of(data),
+            hint="pass what can be iterated over again: an object with __iter__, or the generator function itself",
+        )
 
 
 def _check_function(config: TrainConfig, given: Mapping[str, Any]) -> None:
