@@ -30,7 +30,8 @@ POSITION = "position"
 """Under this name, where a stream was is among the settings in a manifest."""
 
 _UNSAID = {"resume", "out_dir", "progress", "stop", "compile", "compile_mode", "threads", "hardware"}
-_POSITION = ("seed", "batch_size", "accumulate", "shuffle", "drop_last")
+_POSITION = ("seed", "batch_size", "accumulate", "shuffle", "drop_last", "group_by_length")
+_OLDER = {"group_by_length": False}  # what checkpoints that do not say it were made with
 _BETTER: dict[Literal["max", "min"], tuple[str, ...]] = {
     "max": ("accuracy", "f1", "r2"),
     "min": ("loss", "perplexity", "error", "ece", "grad_norm"),
@@ -161,7 +162,7 @@ def _obstacles(manifest: Manifest, record: Mapping[str, Any]) -> list[str]:
     The cursor counts batches: it means the same examples only for the same data, cut the same way. Moments of one
     optimizer may have the names and shapes of another's; its settings may change.
     """
-    old = {name: manifest.config.get(name) for name in _POSITION} | {"data": manifest.data}
+    old = {name: manifest.config.get(name, _OLDER.get(name)) for name in _POSITION} | {"data": manifest.data}
     new = {name: record["config"][name] for name in _POSITION} | {"data": record["data"]}
     old["optimizer"], new["optimizer"] = (text.partition("(")[0] for text in (manifest.optimizer, record["optimizer"]))
     names = manifest.tied.keys() | record["tied"].keys()

@@ -73,7 +73,8 @@ def _describe_data(loader: Feed, val_loader: Feed | None) -> str:
         return f"{loader.title}{held_out}"
     if loader.endless:
         return "batches that a function makes" + (held_out if val_loader else "")
-    return f"{loader.examples:,} examples, {loader.batches_per_epoch:,} steps an epoch{held_out}"
+    grouped = ", grouped by length" if loader.grouped else ""
+    return f"{loader.examples:,} examples{grouped}, {loader.batches_per_epoch:,} steps an epoch{held_out}"
 
 
 def _describe_device(device: torch.device) -> str:

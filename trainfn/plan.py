@@ -242,6 +242,7 @@ def _loaders(config: TrainConfig, taken: Intake, device: torch.device) -> tuple[
         timeout=config.worker_timeout,
         pin=pin,
         collate=taken.collate,
+        group_by_length=config.group_by_length,
         keep=config.log_every if pin else 1,  # on a GPU it is seen at a row that a run has to halt
     )
     if val_data is None:

@@ -2,6 +2,7 @@
 
 =============  =======================================================================================
 order.py       ``order``: position in an epoch -> example, a permutation computed from (seed, epoch)
+grouping.py    ``order_by_length``: examples of like length in one batch
 forms.py       the forms that data comes in: arrays as tensors, what a ``DataLoader`` was made of
 source.py      what counts as data: tensors, which are gathered, data sets, which are asked, functions
 loader.py      ``Loader``: batches by number, in this process or in workers
@@ -29,6 +30,7 @@ tabular.py     CSV, JSONL and frames as numbers; texts from files
 from trainfn.data.collate import Collator
 from trainfn.data.collators import collator, collator_names, register_collator
 from trainfn.data.feed import Feed, is_stream, make_feed
+from trainfn.data.grouping import order_by_length
 from trainfn.data.images import ImageFolder
 from trainfn.data.loader import Loader
 from trainfn.data.order import order
@@ -64,6 +66,7 @@ __all__ = [
     "load_tokenizer",
     "make_feed",
     "order",
+    "order_by_length",
     "prefetched",
     "read_csv",
     "read_frame",

@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from trainfn.data.collators import Collate
+from trainfn.data.grouping import order_by_length
 from trainfn.data.order import order
 from trainfn.data.parcel import Parcel, packed, unchanged
-from trainfn.data.source import Batch, Source, Tensors, is_function, make_source
+from trainfn.data.source import Batch, Items, Source, Tensors, is_function, make_source
 from trainfn.data.workers import POLL, delivered
 from trainfn.errors import ConfigError
 from trainfn.tree import digest, map_leaves, named_leaves, split
@@ -50,6 +51,8 @@ class Loader:
         pin: put batches into page-locked memory, for faster copies, where there is an accelerator.
         collate: makes a batch of a list of items: a function, a :class:`trainfn.data.Collator`, or the name of one;
             items are stacked if None.
+        group_by_length: put items of like length in one batch; see :mod:`trainfn.data.grouping`. Each item is looked at
+            once for that, unless the data set has an attribute ``lengths``.
 
     Attributes:
         endless: whether the batches come from a function; each counts as an example then.
@@ -79,6 +82,7 @@ class Loader:
         timeout: float | None = None,
         pin: bool = False,
         collate: str | Collate | None = None,
+        group_by_length: bool = False,
     ) -> None:
         self.endless = is_function(data)
         if self.endless:
@@ -97,8 +101,14 @@ class Loader:
         self.batch_size, self.seed, self.shuffle, self.drop_last = batch_size, seed, shuffle, drop_last
         self.workers, self.timeout, self.pin = workers, timeout, pin
         self._width = min(batch_size, self.examples)
+        self._lengths = self._measured() if group_by_length else None
         self._block_batches = max(1, min(_BLOCK_BATCHES, _BLOCK_POSITIONS // self._width))
         self._block: tuple[int, Tensor] = (-1, torch.empty(0))
+
+    @property
+    def grouped(self) -> bool:
+        """Whether examples of like length are in one batch."""
+        return self._lengths is not None
 
     def epoch(self, cursor: int) -> int:
         """Return the number of the epoch that batch ``cursor`` belongs to.
@@ -228,7 +238,26 @@ class Loader:
         positions.clamp_(max=self.examples - 1)
         if not self.shuffle:
             return positions
-        return order(positions, self.examples, seed=self.seed, epoch=batches // self.batches_per_epoch)
+        epochs = batches // self.batches_per_epoch
+        if self._lengths is None:
+            return order(positions, self.examples, seed=self.seed, epoch=epochs)
+        used = min(self.examples, self.batches_per_epoch * self.batch_size)
+        for epoch in torch.unique(epochs).tolist():
+            rows = (epochs == epoch).squeeze(1)
+            positions[rows] = order_by_length(
+                positions[rows], self._lengths, batch_size=self._width, seed=self.seed, epoch=epoch, used=used
+            )
+        return positions
+
+    def _measured(self) -> Tensor:
+        if not isinstance(self._source, Items) or not self.shuffle:
+            raise ConfigError(
+                "These examples cannot be grouped by length.",
+                where="group_by_length",
+                expected="a data set of items, and shuffle=True: the groups are drawn at random",
+                got="shuffle=False" if not self.shuffle else "data that comes in tensors or batches, all of one length",
+            )
+        return self._source.lengths()
 
     def _stream(self, numbers: range) -> Generator[Batch, None, None]:
         if not self.workers and not self.pin:  # a DataLoader's own work, 50 us a batch, is of no use then

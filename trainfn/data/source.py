@@ -20,6 +20,7 @@ from trainfn.data.collate import stacked
 from trainfn.data.collators import Collate, choose_collator
 from trainfn.data.draws import seeded
 from trainfn.data.forms import as_tensors, is_array, is_frame
+from trainfn.data.grouping import length_of
 from trainfn.errors import ConfigError, DataError, listed
 from trainfn.tree import Tree, batch_length, map_leaves, named_leaves
 
@@ -246,6 +247,30 @@ class Items:
     def sample(self, indices: list[int]) -> Tree:
         with seeded(0, 0):
             return {"items": [map_leaves(bits, self._item(index, indices)) for index in indices]}
+
+    def lengths(self) -> Tensor:
+        """Return how long each item is, [items] int64: what the data set's ``lengths`` says, or by looking at each.
+
+        Raises:
+            DataError: ``lengths`` has another number of entries, or no item has a length.
+
+        >>> Items(["to", "be", "or not"]).lengths()
+        tensor([2, 2, 6])
+        """
+        known = getattr(self._data, "lengths", None)
+        if known is None:
+            with seeded(0, 0):
+                known = [length_of(self._item(index, [index])) for index in range(len(self))]
+        found = torch.as_tensor(known, dtype=torch.int64)
+        if found.shape != (len(self),) or not bool(found.any()):
+            raise DataError(
+                "The examples have no lengths to group them by.",
+                where="group_by_length",
+                expected=f"{len(self)} lengths",
+                got=f"{list(found.shape)} of them, the longest {int(found.max()) if found.numel() else 0}",
+                hint="items with lists, tensors or texts in them; or an attribute lengths of the data set",
+            )
+        return found
 
     def _items(self, chosen: list[int], cursor: int) -> Any:
         fetch_all = getattr(self._data, "__getitems__", None)

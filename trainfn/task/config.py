@@ -118,6 +118,8 @@ class TrainConfig:
         resume: ``"auto"`` continues what is in ``out_dir`` if anything is, a path continues from there.
         seed: what the order of the data and every random draw is derived from.
         shuffle: a new order of the training data every epoch.
+        group_by_length: put examples of like length in one batch, so that less of it is padding; each is looked at once
+            before the run.
         drop_last: leave out the short step at the end of an epoch.
         workers: processes that fetch batches.
         check_data: look at a sample of the data before the first step, for labels and ids out of range, NaN and
@@ -169,6 +171,7 @@ class TrainConfig:
     resume: str | os.PathLike[str] | None = _setting(None, '"auto" or a path', _is_path, optional=True)
     seed: int = _setting(0, "an int in [0, 2**63)", lambda v: _at_least(0)(v) and v < 2**63)
     shuffle: bool = _setting(True, "a bool", _is_bool)
+    group_by_length: bool = _setting(False, "a bool", _is_bool)
     drop_last: bool = _setting(False, "a bool", _is_bool)
     workers: int = _setting(0, "an int >= 0", _at_least(0))
     check_data: bool = _setting(True, "a bool", _is_bool)
