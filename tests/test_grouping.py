@@ -1,4 +1,4 @@
-"""Examples of like length in one batch: less padding, the same examples, an order that is a function of (seed, epoch)."""
+"""Examples of like length in one batch: less padding, the same examples, an order from (seed, epoch) alone."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 def changes(manifest: Manifest, record: Mapping[str, Any]) -> dict[str, str]:
     """Return the settings that differ between a checkpoint and this run, by name, as ``then -> now``."""
     new = {**record["config"], "optimizer": record["optimizer"]}
-    old = {**manifest.config, "optimizer": manifest.optimizer}
+    old = {**_OLDER, **manifest.config, "optimizer": manifest.optimizer}
     differ = [name for name in new if name not in _UNSAID and old.get(name) != new[name]]
     return {name: f"{old.get(name)} -> {new[name]}" for name in differ}
 

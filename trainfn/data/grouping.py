@@ -1,9 +1,9 @@
-"""Examples of like length in one batch, so that little of it is padding; an order, and so a function of (seed, epoch).
+"""Examples of like length in one batch, so that little of it is padding: an order, as a function of (seed, epoch).
 
-The epoch's :func:`trainfn.data.order` is cut into groups of 50 batches (fewer, where an epoch has less than 200). Within
-a group the examples are sorted by length and cut into batches, and the batches are shuffled. Which examples are in a
-group, which of equal length share a batch, and where a batch comes are drawn anew each epoch; each example still comes
-once an epoch. A short last batch stays the last, and has the shortest of its group.
+The epoch's :func:`trainfn.data.order` is cut into groups of 50 batches (fewer, where an epoch has less than 200).
+Within a group the examples are sorted by length and cut into batches, and the batches are shuffled. Which examples are
+in a group, which of equal length share a batch, and where a batch comes are drawn anew each epoch; each example still
+comes once an epoch. A short last batch stays the last, and has the shortest of its group.
 
 References:
     ``transformers.trainer_pt_utils.get_length_grouped_indices``, whose groups and sizes these are.
@@ -37,10 +37,9 @@ def order_by_length(
         epoch: number of the pass over the data.
         used: positions in an epoch; fewer than there are examples where a short last batch is left out.
 
-    >>> lengths = torch.tensor([5, 1, 4, 2, 5, 1, 4, 2, 3])
-    >>> found = order_by_length(torch.arange(9), lengths, batch_size=2, seed=0)
-    >>> lengths[found].tolist()
-    [3, 2, 5, 4, 5, 4, 2, 1, 1]
+    >>> lengths = torch.arange(40) % 4
+    >>> lengths[order_by_length(torch.arange(20), lengths, batch_size=2, seed=0)].view(10, 2).tolist()
+    [[3, 3], [3, 3], [2, 1], [1, 1], [0, 0], [3, 3], [3, 3], [2, 2], [1, 1], [0, 0]]
     """
     used = len(lengths) if used is None else used
     group = batch_size * max(1, min(_GROUP, used // (batch_size * _LEAST)))
@@ -67,8 +66,8 @@ def _group(start: int, stop: int, lengths: Tensor, batch_size: int, seed: int, e
 def length_of(item: Any) -> int:
     """Return how long the sequences in an item are, all together; 0 where there are none.
 
-    >>> length_of({"input_ids": [1, 2, 3], "labels": torch.zeros(2), "score": 0.5}), length_of(("text", 1)), length_of(3)
-    (5, 4, 0)
+    >>> length_of({"input_ids": [1, 2, 3], "labels": torch.zeros(2), "score": 0.5}), length_of(("text", 1))
+    (5, 4)
     """
     if isinstance(item, Mapping):
         return sum(map(length_of, item.values()))

@@ -191,11 +191,8 @@ def _check_val_stream(data: object) -> None:
 
 
 def _check_function(config: TrainConfig, given: Mapping[str, Any]) -> None:
-    decided = [
-        name
-        for name in ("batch_size", "shuffle", "drop_last", "max_epochs", "group_by_length")
-        if given.get(name) is not None
-    ]
+    names = ("batch_size", "shuffle", "drop_last", "max_epochs", "group_by_length")
+    decided = [name for name in names if given.get(name) is not None]
     if decided:
         raise ConfigError(
             "Batches that a function makes are taken as they are, without end.",
