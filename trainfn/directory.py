@@ -22,7 +22,7 @@ HARMLESS = {
     "max_steps", "max_epochs", "eval_every", "log_every", "save_every", "save_every_minutes", "save_async",
     "on_save_error", "keep_last", "keep_best", "keep_every", "monitor", "mode", "out_dir", "resume", "workers",
     "health_every", "noise_scale_every", "progress", "fast_dev_run", "check_data", "stop", "cuda_graph",
-    "on_divergence", "max_rollbacks", "worker_timeout",
+    "on_divergence", "max_rollbacks", "rollback_lr_factor", "worker_timeout",
 }  # fmt: skip
 """Settings that may change from one part of a run to the next without changing one bit of its states."""
 
@@ -31,7 +31,7 @@ POSITION = "position"
 
 _UNSAID = {"resume", "out_dir", "progress", "stop", "compile", "compile_mode", "threads", "hardware"}
 _POSITION = ("seed", "batch_size", "accumulate", "shuffle", "drop_last", "group_by_length")
-_OLDER = {"group_by_length": False}  # what checkpoints that do not say it were made with
+_OLDER = {"group_by_length": False, "rollback_lr_factor": 1.0}  # what checkpoints that do not say it were made with
 _BETTER: dict[Literal["max", "min"], tuple[str, ...]] = {
     "max": ("accuracy", "f1", "r2"),
     "min": ("loss", "perplexity", "error", "ece", "grad_norm"),
@@ -140,7 +140,14 @@ def resume(
     if config.resume == "auto" and not found:
         return state, None, None
     source = config.out_dir if config.resume == "auto" else config.resume
-    state, manifest = restore(source or "", like=state, also=lambda manifest: _obstacles(manifest, record))
+    fresh = state
+    state, manifest = restore(
+        source or "",
+        like=lambda manifest: with_factor_of(manifest, fresh),
+        also=lambda manifest: _obstacles(manifest, record),
+    )
+    if fresh.lr_factor is not None and state.lr_factor is None:
+        state = evolve(state, lr_factor=fresh.lr_factor)
     if bool(state.health.halted):  # it was halted, and someone has decided to go on
         state = evolve(state, health=forgiven(state.health))
     newer = [path.name for path in found if config.resume != "auto" and path.name > f"step_{state.cursor:08d}"]
@@ -154,6 +161,13 @@ def resume(
     _warn_of_other_bits(manifest, record)
     path = Path(source or "")
     return state, path if path.name.startswith("step_") else path / f"step_{state.cursor:08d}", manifest
+
+
+def with_factor_of(manifest: Manifest, state: TrainState) -> TrainState:
+    """Return a state of this structure that has a factor for its learning rate where the saved one has."""
+    if "lr_factor" not in manifest.tensors:
+        return evolve(state, lr_factor=None)
+    return evolve(state, lr_factor=torch.ones_like(state.report.lr))
 
 
 def _obstacles(manifest: Manifest, record: Mapping[str, Any]) -> list[str]:

@@ -178,7 +178,7 @@ def carry_out(planned: Plan, observers: Sequence[Observer] = (), on_signal: OnSi
             if halted or spoilt:
                 refused = recorder.last_refused(state) if halted else None
                 back = rollback.back(state, saver.drain) if rollback.wanted else None
-                recorder.row(state, {"rolled_back_to": rollback.windows[-1][0]} if back else {})
+                recorder.row(state, rollback.row(back) if back else {})
                 if back is None:
                     error = divergence(planned, state, *refused, keep) if refused else spoilt
                     assert error is not None

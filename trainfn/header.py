@@ -110,6 +110,8 @@ def _describe_health(config: TrainConfig) -> str:
     then = "halt the run"
     if config.on_divergence == "rollback":
         then = f"send it back to its last healthy checkpoint, at most {config.max_rollbacks} times"
+        if config.rollback_lr_factor != 1:
+            then += f", with {config.rollback_lr_factor:g} of the learning rate"
     return (
         f"steps with NaN or infinity are skipped, {config.halt_after} in a row {then}; "
         f"spikes are {spikes[config.on_spike]}{norms}"

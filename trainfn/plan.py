@@ -27,7 +27,7 @@ from trainfn.store import Manifest, Retention, clean, writing
 from trainfn.task import Intake, TaskSpec, TrainConfig, take_in
 from trainfn.task.config import make_config
 from trainfn.task.guard import guarding
-from trainfn.tree import batch_length, describe, named_leaves
+from trainfn.tree import batch_length, describe, evolve, named_leaves
 
 _ARGUMENTS = ("loss", "task", "val_data", "metrics", "optimizer", "collate", "observers", "on_signal")
 
@@ -175,6 +175,8 @@ def decide(
     state = init(
         model, optimizer, seed=config.seed, ema=config.ema is not None, precision=config.precision, device=device
     )
+    if config.rollback_lr_factor != 1:
+        state = evolve(state, lr_factor=torch.ones_like(state.report.lr))
     check_precision(model, config.precision)
     looked_at = {"data": loader} | ({} if val_loader is None else {"val_data": val_loader})
     first = _first_loss(step, state, to_device(loader.batch(0), device), looked_at if config.check_data else {})

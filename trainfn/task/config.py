@@ -135,6 +135,7 @@ class TrainConfig:
         on_divergence: what to do where the run has to stop: ``"halt"``, or ``"rollback"`` to the last healthy
             checkpoint in ``out_dir`` and go on without the batches since; see :mod:`trainfn.rollback`.
         max_rollbacks: how often, resumed parts of the run included, before it stops after all.
+        rollback_lr_factor: what the learning rate is multiplied by each time, in (0, 1].
         on_spike: what to do about a loss or gradient norm far above its recent past: ``"warn"``, ``"skip"`` the step,
             ``"halt"`` the run, or ``"off"``; see :mod:`trainfn.health`.
         health_every: steps between rows with the gradient norm of each tensor, and which of them vanish (below 1e-7),
@@ -185,6 +186,7 @@ class TrainConfig:
     halt_after: int = _setting(3, "an int >= 1", _at_least(1))
     on_divergence: Literal["halt", "rollback"] = _one_of("halt", "rollback")
     max_rollbacks: int = _setting(3, "an int >= 1", _at_least(1))
+    rollback_lr_factor: float = _setting(1.0, "a number in (0, 1]", lambda value: _positive(value) and value <= 1)
     on_spike: Literal["off", "warn", "skip", "halt"] = _one_of("warn", "off", "skip", "halt")
     health_every: int | None = _setting(100, "an int >= 1", _at_least(1), optional=True)
     noise_scale_every: int | None = _setting(None, "an int >= 1", _at_least(1), optional=True)
@@ -203,6 +205,10 @@ class TrainConfig:
             wrong.append('resume="auto" without out_dir: there is nowhere to look')
         if self.on_divergence == "rollback" and self.out_dir is None and not self.fast_dev_run:
             wrong.append('on_divergence="rollback" without out_dir: there are no checkpoints to go back to')
+        if self.rollback_lr_factor != 1 and self.on_divergence != "rollback":
+            wrong.append(
+                'rollback_lr_factor without on_divergence="rollback": the learning rate would never be lowered'
+            )
         if wrong:
             raise ConfigError("The settings cannot be used.", got="\n    ".join(["", *wrong]))
 
