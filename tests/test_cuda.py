@@ -285,7 +285,7 @@ def test_a_run_is_the_same_with_and_without_prefetching(monkeypatch: pytest.Monk
         )
 
     with_it = train()
-    monkeypatch.setattr(sys.modules["trainfn.fit"], "prefetched", lambda batches, lane: batches)
+    monkeypatch.setattr(sys.modules["trainfn.loop"], "prefetched", lambda batches, lane: batches)
     assert train() == with_it
 
 

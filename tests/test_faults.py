@@ -209,7 +209,7 @@ def test_where_nothing_can_be_saved_the_error_says_that_too(tmp_path: Path, monk
     def full(*_: Any, **__: Any) -> Path:
         raise CheckpointError("The disk refused: No space left on device.")
 
-    monkeypatch.setattr(sys.modules["trainfn.fit"], "save", full)
+    monkeypatch.setattr(sys.modules["trainfn.loop"], "save", full)
     with pytest.raises(DataError) as raised:
         train(Numbers(fails, where="here"), out_dir=tmp_path, check_data=False)
     assert raised.value.__notes__ == [

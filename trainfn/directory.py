@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import tempfile
-import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from trainfn.errors import ConfigError, suggest
+from trainfn.errors import ConfigError, suggest, warn
 from trainfn.health import forgiven
 from trainfn.state import TrainState
 from trainfn.store import CheckpointWarning, Manifest, Retention, restore, steps
@@ -176,4 +175,4 @@ def _warn_of_other_bits(manifest: Manifest, record: Mapping[str, Any]) -> None:
     differ = [f"{name} {then[name]} then, {now[name]} now" for name in then if then[name] not in (None, now[name])]
     if differ:
         text = f"The run goes on, but not bit for bit as it would have: {'; '.join(differ)}."
-        warnings.warn(text, CheckpointWarning, stacklevel=6)
+        warn(text, CheckpointWarning)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import sys
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -13,7 +12,7 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
-from trainfn.errors import listed
+from trainfn.errors import listed, warn
 from trainfn.header import header
 from trainfn.health import AILMENTS, ALARMING, REFUSED, HealthWarning, Verdict, ailing
 from trainfn.plan import Plan
@@ -96,7 +95,7 @@ class Recorder:
             if self._plan.config.on_save_error == "stop":
                 raise
             text = f"A row of the history was not written, and the run goes on: {error}"
-            warnings.warn(text, CheckpointWarning, stacklevel=5)
+            warn(text, CheckpointWarning)
 
     def _verdicts(self, state: TrainState) -> dict[int, Verdict]:
         """Read the pending verdicts, by number of batch."""
@@ -111,7 +110,7 @@ class Recorder:
                 more = f", and in {len(steps) - 1} more" if len(steps) > 1 else ""
                 examples = listed(self._plan.loader.indices(steps[0]).tolist())
                 text = f"In the step over batch {steps[0]} (examples [{examples}]){more}, {kind.sentence}."
-                warnings.warn(text, HealthWarning, stacklevel=5)  # where fit was called
+                warn(text, HealthWarning)
 
 
 class Progress:

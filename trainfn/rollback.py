@@ -22,13 +22,12 @@ References:
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import attrs
 
-from trainfn.errors import CheckpointError
+from trainfn.errors import CheckpointError, warn
 from trainfn.health import HealthWarning, forgiven
 from trainfn.plan import Plan
 from trainfn.state import TrainState
@@ -84,7 +83,7 @@ class Rollback:
                 f"The run has diverged, and goes on from {step}, without batches {manifest.cursor} to "
                 f"{state.cursor - 1}: rollback {len(self.windows)} of {self._config.max_rollbacks}."
             )
-            warnings.warn(text, HealthWarning, stacklevel=4)  # where fit was called
+            warn(text, HealthWarning)
             return evolve(found, cursor=state.cursor, health=forgiven(found.health))
         return None
 

@@ -1,0 +1,246 @@
+"""``run``, the fold of a step over batches, and ``Loop``, all that ``fit`` does between two of its steps."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from trainfn.data import CopyStream, prefetched
+from trainfn.engine import collecting_at_rows
+from trainfn.errors import CheckpointError, DivergenceError
+from trainfn.evaluation import check_noise, evaluate_plan, noise_columns
+from trainfn.faults import Rescue, is_out_of_memory, memory_error
+from trainfn.halt import divergence, make_finite_check, make_halt_check
+from trainfn.observers import Observer, Progress, Recorder, observe
+from trainfn.plan import Plan
+from trainfn.result import FitResult, best_row, checkpoint_at
+from trainfn.rollback import Course, Rollback
+from trainfn.signals import OnSignal, leave, listening, until_told
+from trainfn.state import TrainState
+from trainfn.store import Saver, save, steps
+
+
+def run(planned: Plan) -> Iterator[TrainState]:
+    """Yield the state after each step of a plan: the fold itself, without history, evaluation or checkpoints.
+
+    A state may be used until the next one is asked for: the step that makes it writes into the memory of the last.
+
+    >>> import torch, trainfn
+    >>> x, y = torch.ones(8, 2), torch.zeros(8, dtype=torch.long)
+    >>> made = trainfn.plan(torch.nn.Linear(2, 2), (x, y), loss="classification", max_steps=3, device="cpu")
+    >>> [int(state.step) for state in run(made)]
+    [1, 2, 3]
+    """
+    state = planned.state
+    batches = planned.loader.batches(state.cursor, max(planned.stop, state.cursor))
+    if planned.device.type == "cuda":
+        batches = prefetched(batches, CopyStream(planned.device))
+    try:
+        for batch in batches:
+            try:
+                state = planned.step(state, planned.to_device(batch))
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                sizes = planned.config.batch_size, planned.config.accumulate
+                raise memory_error(error, f"step {state.cursor + 1}", batch, *sizes) from error
+            yield state
+    finally:
+        batches.close()
+
+
+class Loop:
+    """A run being carried out: after each step it is recorded, shown and observed, and what is due is done.
+
+    In this order: the step's report is remembered; observers see the state; a run that has to halt ends, or goes back;
+    then, where they are due, evaluation, the row, the checkpoint; last, a signal that was heard is answered.
+    """
+
+    def __init__(self, planned: Plan, observers: Sequence[Observer] = (), on_signal: OnSignal | None = None) -> None:
+        self._began = self._saved_at = time.perf_counter()
+        check_noise(planned)
+        config = self._config = planned.config
+        self._planned, self._observers, self._on_signal = planned, observers, on_signal
+        self._recorder, self._progress = Recorder(planned), Progress(planned)
+        self._must_halt, self._spoilt_by = make_halt_check(planned), make_finite_check(planned)
+        self._rollback, self._course = Rollback(planned), Course(planned, run)
+        self._saver = Saver(
+            config.out_dir or "",
+            planned.retention,
+            background=config.save_async,
+            on_error=config.on_save_error,
+            last=planned.resumed_from,
+        )
+        self._state = planned.state
+        self._unsaved = False
+        self._val_loss = math.nan
+
+    def carry_out(self) -> FitResult:
+        """Take the steps, and return what they leave behind; what ``fit`` does after ``plan``."""
+        left: signal.Signals | None = None
+        listened, taken = listening(usr1=self._on_signal is not None), contextlib.closing(self._course)
+        with listened as listener, self._saver, taken, collecting_at_rows() as collect, Rescue(self._rescue):
+            if self._rollback.wanted and not steps(self._config.out_dir or ""):
+                self._checkpoint()
+            for state in until_told(self._course, listener):
+                self._state = state
+                self._recorder.step(state)
+                self._progress.step(state)
+                observe(self._observers, state)
+                self._saver.check()
+                told = listener.heard
+                if self._between(told is not None):
+                    collect()
+                if told is not None:
+                    if not self._answer(told):
+                        left = told
+                        break
+                    listener.heard = None
+        if left is None and listener.heard is not None:  # in the last step, or there was no other batch
+            left = listener.heard
+            self._save_the_rest()
+            self._answer(left)
+        if left is not None:
+            said = f"stopped by {left.name} after step {self._state.cursor}, checkpoint {self._saver.drain()}"
+            self._progress.end(said)
+            leave(left, said, self._result())
+        done = self._result()
+        self._progress.end(_ending(self._planned, done, self._val_loss))
+        return done
+
+    def _between(self, told: bool) -> bool:
+        """Do what is due between the last step and the next one; return whether a row was."""
+        minutes = self._config.save_every_minutes
+        late = minutes is not None and time.perf_counter() - self._saved_at >= 60 * minutes
+        due = _due(self._planned, self._state.cursor, now=told or late)
+        self._keep_sound(due)
+        if not due.row:
+            self._unsaved = self._config.out_dir is not None
+            return False
+        metrics = evaluate_plan(self._planned, self._state) if due.evaluation else {}
+        self._val_loss = metrics.get("val_loss", self._val_loss)
+        if due.noise:
+            metrics |= noise_columns(self._planned, self._state, self._recorder.rows)
+        row = self._recorder.row(self._state, metrics)
+        self._progress.row(row)
+        is_best = due.evaluation and self._planned.retention.among_best(self._recorder.rows[:-1], row)
+        if due.checkpoint or is_best:
+            self._checkpoint()
+        else:
+            self._unsaved = self._config.out_dir is not None
+        return True
+
+    def _keep_sound(self, due: _Due) -> None:
+        """Where the run has to halt, send it back to a healthy checkpoint, or raise what ends it."""
+        halted = self._must_halt(self._state, due.row)
+        looked_at = (due.evaluation or due.checkpoint) and not halted
+        spoilt = self._spoilt_by(self._state, self._saver.newest) if looked_at else None
+        if not halted and spoilt is None:
+            return
+        refused = self._recorder.last_refused(self._state) if halted else None
+        back = self._rollback.back(self._state, self._saver.drain) if self._rollback.wanted else None
+        self._recorder.row(self._state, {"rolled_back_to": self._rollback.windows[-1][0]} if back else {})
+        if back is None:
+            error = divergence(self._planned, self._state, *refused, self._save_now) if refused else spoilt
+            assert error is not None
+            self._rollback.explain(error)
+            raise error
+        self._state = self._course.go_on(back)
+
+    def _checkpoint(self) -> None:
+        """Have the state saved beside the training, if the run has a directory."""
+        if self._config.out_dir is not None:
+            self._saver.save(self._state, **self._known())
+            self._saved_at, self._unsaved = time.perf_counter(), False
+
+    def _save_the_rest(self) -> None:
+        """Save the steps since the last checkpoint, if there are any."""
+        if self._unsaved:
+            if spoilt := self._spoilt_by(self._state, self._saver.newest):
+                raise spoilt
+            self._recorder.row(self._state, {})
+            self._checkpoint()
+
+    def _save_now(self, state: TrainState) -> Path | None:
+        self._saver.drain()
+        return save(state, self._config.out_dir, **self._known()) if self._config.out_dir is not None else None
+
+    def _rescue(self, error: Exception) -> None:
+        """Save the last state before an error that came between two steps ends the run."""
+        here = self._course.state
+        if self._config.out_dir is None or here is None or isinstance(error, (DivergenceError, CheckpointError)):
+            return
+        try:
+            if self._spoilt_by(here, self._saver.newest) is None:
+                self._recorder.rest(here)
+                error.add_note(f"The state after step {here.cursor} is saved in {self._save_now(here)}.")
+        except CheckpointError as failure:  # which must not hide why the run ends
+            error.add_note(f"The state after step {here.cursor} could not be saved: {failure.what}")
+
+    def _answer(self, told: signal.Signals) -> bool:
+        """Tell the caller of a signal; return whether the run goes on."""
+        return (
+            self._on_signal is not None and bool(self._on_signal(told, self._saver.drain())) and told == signal.SIGUSR1
+        )
+
+    def _known(self) -> dict[str, Any]:
+        """Return what a checkpoint says about the run."""
+        row = self._recorder.rows[-1] if self._recorder.rows else {}
+        metrics = {name: value for name, value in row.items() if isinstance(value, (int, float))}
+        record = self._planned.record
+        config = record["config"] | {"compile_mode": self._planned.step.mode} | self._rollback.record
+        return record | {"config": config, "metrics": metrics}
+
+    def _result(self) -> FitResult:
+        best = best_row(self._recorder.rows, self._planned.retention)
+        return FitResult(
+            state=self._state,
+            history=self._recorder.rows,
+            best=best,
+            checkpoint=self._saver.drain(),
+            best_checkpoint=checkpoint_at(self._config.out_dir, best),
+            seconds=time.perf_counter() - self._began,
+            _model=self._planned.model,
+        )
+
+
+@attrs.frozen
+class _Due:
+    evaluation: bool
+    checkpoint: bool
+    noise: bool
+    row: bool
+
+
+def _due(planned: Plan, cursor: int, *, now: bool) -> _Due:
+    config, end = planned.config, cursor >= planned.stop
+
+    def every(steps: int | None) -> bool:
+        return steps is not None and cursor % steps == 0
+
+    evaluation = planned.val_loader is not None and (
+        end or every(config.eval_every or planned.loader.batches_per_epoch)
+    )
+    checkpoint = config.out_dir is not None and (end or now or every(config.save_every))
+    noise = every(config.noise_scale_every)
+    # A checkpoint closes a row, so that a run that resumes from it writes the rows it would have written anyway.
+    row = evaluation or checkpoint or noise or end or every(config.log_every) or every(config.health_every)
+    return _Due(evaluation, checkpoint, noise, row)
+
+
+def _ending(planned: Plan, result: FitResult, val_loss: float) -> str:
+    parts = [f"done: step {result.state.cursor} of {planned.stop}, {result.seconds:.1f} s"]
+    if planned.step.compiles:
+        parts[0] += f" ({planned.step.compile_seconds:.1f} s of it compiling)"
+    if math.isfinite(val_loss):
+        parts.append(f"val_loss {val_loss:.4f}")
+    if result.checkpoint is not None:
+        parts.append(f"checkpoint {result.checkpoint}")
+    return ", ".join(parts)
