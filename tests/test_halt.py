@@ -19,9 +19,9 @@ from trainfn.diagnose import Diagnosis
 from trainfn.diagnose.diagnosis import Part
 from trainfn.errors import CheckpointError, ConfigError, DivergenceError
 from trainfn.health import HealthWarning, Verdict
-from trainfn.observers import Recorder
 from trainfn.optim import adamw, sgd
 from trainfn.plan import plan
+from trainfn.recorder import Recorder
 from trainfn.tree import digest, evolve
 
 GENERATOR = torch.Generator().manual_seed(0)

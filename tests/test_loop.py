@@ -15,7 +15,7 @@ import trainfn
 from trainfn.data import Loader, prefetched
 from trainfn.engine import collecting_at_rows
 from trainfn.errors import CompileError, ConfigError, DataError
-from trainfn.observers import fetched, taken_apart
+from trainfn.reports import fetched, taken_apart
 from trainfn.tree import digest
 
 X = torch.randn(24, 4, generator=torch.Generator().manual_seed(0))

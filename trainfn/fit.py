@@ -14,9 +14,10 @@ from trainfn.batch import Batch
 from trainfn.loop import Loop
 from trainfn.loss import Loss
 from trainfn.metric import Metric
-from trainfn.observers import Observer
+from trainfn.observers import Observer, Observers
 from trainfn.optim import Transform
 from trainfn.plan import Plan, decide, plan
+from trainfn.progress import Progress
 from trainfn.result import FitResult
 from trainfn.signals import OnSignal
 from trainfn.task import TaskSpec, TrainConfig
@@ -32,7 +33,7 @@ def fit(
     metrics: Sequence[str | Metric] = (),
     optimizer: Transform | None = None,
     collate: str | Callable[[list[Any]], Batch] | None = None,
-    observers: Sequence[Observer] = (),
+    observers: Observer | Sequence[Observer] = (),
     on_signal: OnSignal | None = None,
     **settings: Any,
 ) -> FitResult:
@@ -61,7 +62,8 @@ def fit(
             :mod:`trainfn.metric`; those of the task if there are none. They are in the history as ``val_accuracy``.
         optimizer: a Transform; if None, AdamW that spares norms and biases its decay, with warm-up and a cosine to 0.
         collate: makes a batch of a list of a data set's items: a function, or the name of a collator (``"text"`` pads).
-        observers: functions called with the state after every step.
+        observers: functions called with the state after every step, and objects with any of the methods in
+            :mod:`trainfn.observers`.
         on_signal: called with the signal and the checkpoint (None without ``out_dir``) once that is safe, before the
             run ends. With it, SIGUSR1 is listened to as well; if it then returns True, the run goes on.
         **settings: the fields of :class:`trainfn.TrainConfig`; ``max_steps`` or ``max_epochs`` is needed.
@@ -89,14 +91,19 @@ def fit(
     True
     """
     given = (loss, task, val_data, metrics, optimizer, collate)
+    Observers(observers)  # what is wrong with them is said before data and model are looked at
     with contextlib.ExitStack() as held:
         planned = decide(held, model, data, *given, settings=settings)
         return carry_out(planned, observers, on_signal)
 
 
-def carry_out(planned: Plan, observers: Sequence[Observer] = (), on_signal: OnSignal | None = None) -> FitResult:
+def carry_out(
+    planned: Plan, observers: Observer | Sequence[Observer] = (), on_signal: OnSignal | None = None
+) -> FitResult:
     """Run a plan to its end, recording, showing, evaluating and saving on the way; what ``fit`` does after ``plan``."""
-    return Loop(planned, observers, on_signal).carry_out()
+    own = [Progress(planned)] if planned.config.progress else []
+    watching = observers if isinstance(observers, (list, tuple)) else [observers]
+    return Loop(planned, Observers([*own, *watching]), on_signal).carry_out()
 
 
 def _show_settings() -> None:

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import attrs
-
 from trainfn.data import CopyStream, prefetched
+from trainfn.due import Due, what_is_due
 from trainfn.engine import collecting_at_rows
 from trainfn.errors import CheckpointError, DivergenceError
 from trainfn.evaluation import check_noise, evaluate_plan, noise_columns
 from trainfn.faults import Rescue, is_out_of_memory, memory_error
 from trainfn.halt import divergence, make_finite_check, make_halt_check
-from trainfn.observers import Observer, Progress, Recorder, observe
+from trainfn.observers import Observers
 from trainfn.plan import Plan
-from trainfn.result import FitResult, best_row, checkpoint_at
+from trainfn.progress import ending
+from trainfn.recorder import Recorder
+from trainfn.result import FitResult, Row, best_row, checkpoint_at
 from trainfn.rollback import Course, Rollback
 from trainfn.signals import OnSignal, leave, listening, until_told
 from trainfn.state import TrainState
@@ -60,15 +60,16 @@ class Loop:
     """A run being carried out: after each step it is recorded, shown and observed, and what is due is done.
 
     In this order: the step's report is remembered; observers see the state; a run that has to halt ends, or goes back;
-    then, where they are due, evaluation, the row, the checkpoint; last, a signal that was heard is answered.
+    then, where they are due, evaluation, the row, the epoch's row, the checkpoint; last, a signal that was heard is
+    answered.
     """
 
-    def __init__(self, planned: Plan, observers: Sequence[Observer] = (), on_signal: OnSignal | None = None) -> None:
+    def __init__(self, planned: Plan, observers: Observers, on_signal: OnSignal | None = None) -> None:
         self._began = self._saved_at = time.perf_counter()
         check_noise(planned)
         config = self._config = planned.config
         self._planned, self._observers, self._on_signal = planned, observers, on_signal
-        self._recorder, self._progress = Recorder(planned), Progress(planned)
+        self._recorder = Recorder(planned)
         self._must_halt, self._spoilt_by = make_halt_check(planned), make_finite_check(planned)
         self._rollback, self._course = Rollback(planned), Course(planned, run)
         self._saver = Saver(
@@ -78,23 +79,36 @@ class Loop:
             on_error=config.on_save_error,
             last=planned.resumed_from,
         )
-        self._state = planned.state
+        self._state, self._told_of = planned.state, planned.resumed_from
         self._unsaved = False
-        self._val_loss = math.nan
 
     def carry_out(self) -> FitResult:
         """Take the steps, and return what they leave behind; what ``fit`` does after ``plan``."""
+        try:
+            left = self._steps()
+            result = self._result("max_steps" if left is None else left.name)
+        except BaseException as error:
+            self._end(None, error)
+            raise
+        self._end(result)
+        if left is not None:
+            leave(left, ending(self._planned, result), result)
+        return result
+
+    def _steps(self) -> signal.Signals | None:
+        """Take the steps; return the signal that has ended them, if one has."""
         left: signal.Signals | None = None
         listened, taken = listening(usr1=self._on_signal is not None), contextlib.closing(self._course)
         with listened as listener, self._saver, taken, collecting_at_rows() as collect, Rescue(self._rescue):
+            self._observers("on_start", self._planned)
             if self._rollback.wanted and not steps(self._config.out_dir or ""):
                 self._checkpoint()
+            self._recorder.start_lap()
             for state in until_told(self._course, listener):
                 self._state = state
                 self._recorder.step(state)
-                self._progress.step(state)
-                observe(self._observers, state)
-                self._saver.check()
+                self._observers("on_step", state, after=state.cursor)
+                self._see_to_checkpoints(self._saver.check)
                 told = listener.heard
                 if self._between(told is not None):
                     collect()
@@ -103,41 +117,67 @@ class Loop:
                         left = told
                         break
                     listener.heard = None
-        if left is None and listener.heard is not None:  # in the last step, or there was no other batch
-            left = listener.heard
-            self._save_the_rest()
-            self._answer(left)
-        if left is not None:
-            said = f"stopped by {left.name} after step {self._state.cursor}, checkpoint {self._saver.drain()}"
-            self._progress.end(said)
-            leave(left, said, self._result())
-        done = self._result()
-        self._progress.end(_ending(self._planned, done, self._val_loss))
-        return done
+            if left is None and listener.heard is not None:  # in the last step, or there was no other batch
+                left = listener.heard
+                self._save_the_rest()
+                self._answer(left)
+            self._see_to_checkpoints(self._saver.drain)
+        return left
 
     def _between(self, told: bool) -> bool:
         """Do what is due between the last step and the next one; return whether a row was."""
         minutes = self._config.save_every_minutes
         late = minutes is not None and time.perf_counter() - self._saved_at >= 60 * minutes
-        due = _due(self._planned, self._state.cursor, now=told or late)
+        due = what_is_due(self._planned, self._state.cursor, now=told or late)
         self._keep_sound(due)
-        if not due.row:
+        if not (due.row or due.epoch):
             self._unsaved = self._config.out_dir is not None
             return False
-        metrics = evaluate_plan(self._planned, self._state) if due.evaluation else {}
-        self._val_loss = metrics.get("val_loss", self._val_loss)
-        if due.noise:
-            metrics |= noise_columns(self._planned, self._state, self._recorder.rows)
-        row = self._recorder.row(self._state, metrics)
-        self._progress.row(row)
-        is_best = due.evaluation and self._planned.retention.among_best(self._recorder.rows[:-1], row)
-        if due.checkpoint or is_best:
+        self._recorder.read(self._state)
+        wanted = due.checkpoint
+        metrics: dict[str, float] = {}
+        if due.row:
+            metrics = self._measure(due)
+            row = self._row(metrics)
+            wanted |= due.evaluation and self._planned.retention.among_best(self._recorder.rows[:-1], row)
+        if due.epoch:
+            epoch = self._recorder.epoch(self._state, metrics if due.scheduled else {})
+            self._observers("on_epoch", self._state, epoch, after=self._state.cursor)
+        self._unsaved = self._config.out_dir is not None
+        if wanted:
             self._checkpoint()
-        else:
-            self._unsaved = self._config.out_dir is not None
+        self._recorder.start_lap()
         return True
 
-    def _keep_sound(self, due: _Due) -> None:
+    def _measure(self, due: Due) -> dict[str, float]:
+        metrics = evaluate_plan(self._planned, self._state) if due.evaluation else {}
+        return metrics | (noise_columns(self._planned, self._state, self._recorder.rows) if due.noise else {})
+
+    def _row(self, metrics: Mapping[str, float]) -> Row:
+        """Write a row, and show it."""
+        row = self._recorder.row(self._state, metrics)
+        self._observers("on_row", self._state, row, after=self._state.cursor)
+        if any(name.startswith("val_") for name in metrics):
+            self._observers("on_eval", self._state, row, after=self._state.cursor)
+        return row
+
+    def _see_to_checkpoints(self, look: Callable[[], object]) -> None:
+        """Look whether a checkpoint is safe by now, and tell observers of a new one."""
+        look()
+        if self._saver.last is not self._told_of:
+            self._told_of = self._saver.last
+            self._observers("on_checkpoint", self._told_of, after=self._state.cursor)
+
+    def _end(self, result: FitResult | None, error: BaseException | None = None) -> None:
+        """Tell observers that the run is over; what they raise does not hide an error that has ended it."""
+        try:
+            self._observers("on_end", result, after=self._state.cursor)
+        except Exception as failure:
+            if error is None:
+                raise
+            error.add_note(f"Besides, an observer failed at the end: {type(failure).__name__}: {failure}")
+
+    def _keep_sound(self, due: Due) -> None:
         """Where the run has to halt, send it back to a healthy checkpoint, or raise what ends it."""
         halted = self._must_halt(self._state, due.row)
         looked_at = (due.evaluation or due.checkpoint) and not halted
@@ -146,17 +186,19 @@ class Loop:
             return
         refused = self._recorder.last_refused(self._state) if halted else None
         back = self._rollback.back(self._state, self._saver.drain) if self._rollback.wanted else None
-        self._recorder.row(self._state, {"rolled_back_to": self._rollback.windows[-1][0]} if back else {})
+        self._row({"rolled_back_to": self._rollback.windows[-1][0]} if back else {})
         if back is None:
             error = divergence(self._planned, self._state, *refused, self._save_now) if refused else spoilt
             assert error is not None
             self._rollback.explain(error)
             raise error
         self._state = self._course.go_on(back)
+        self._recorder.go_on(self._state, self._rollback.metrics)
 
     def _checkpoint(self) -> None:
         """Have the state saved beside the training, if the run has a directory."""
         if self._config.out_dir is not None:
+            self._see_to_checkpoints(self._saver.drain)  # before the next one takes its place
             self._saver.save(self._state, **self._known())
             self._saved_at, self._unsaved = time.perf_counter(), False
 
@@ -165,7 +207,7 @@ class Loop:
         if self._unsaved:
             if spoilt := self._spoilt_by(self._state, self._saver.newest):
                 raise spoilt
-            self._recorder.row(self._state, {})
+            self._row({})
             self._checkpoint()
 
     def _save_now(self, state: TrainState) -> Path | None:
@@ -193,54 +235,22 @@ class Loop:
     def _known(self) -> dict[str, Any]:
         """Return what a checkpoint says about the run."""
         row = self._recorder.rows[-1] if self._recorder.rows else {}
-        metrics = {name: value for name, value in row.items() if isinstance(value, (int, float))}
+        metrics: dict[str, Any] = {name: value for name, value in row.items() if isinstance(value, (int, float))}
+        metrics |= self._recorder.so_far
         record = self._planned.record
         config = record["config"] | {"compile_mode": self._planned.step.mode} | self._rollback.record
         return record | {"config": config, "metrics": metrics}
 
-    def _result(self) -> FitResult:
+    def _result(self, ended_by: str) -> FitResult:
         best = best_row(self._recorder.rows, self._planned.retention)
         return FitResult(
             state=self._state,
             history=self._recorder.rows,
+            epochs=self._recorder.epochs,
             best=best,
             checkpoint=self._saver.drain(),
             best_checkpoint=checkpoint_at(self._config.out_dir, best),
             seconds=time.perf_counter() - self._began,
+            ended_by=ended_by,
             _model=self._planned.model,
         )
-
-
-@attrs.frozen
-class _Due:
-    evaluation: bool
-    checkpoint: bool
-    noise: bool
-    row: bool
-
-
-def _due(planned: Plan, cursor: int, *, now: bool) -> _Due:
-    config, end = planned.config, cursor >= planned.stop
-
-    def every(steps: int | None) -> bool:
-        return steps is not None and cursor % steps == 0
-
-    evaluation = planned.val_loader is not None and (
-        end or every(config.eval_every or planned.loader.batches_per_epoch)
-    )
-    checkpoint = config.out_dir is not None and (end or now or every(config.save_every))
-    noise = every(config.noise_scale_every)
-    # A checkpoint closes a row, so that a run that resumes from it writes the rows it would have written anyway.
-    row = evaluation or checkpoint or noise or end or every(config.log_every) or every(config.health_every)
-    return _Due(evaluation, checkpoint, noise, row)
-
-
-def _ending(planned: Plan, result: FitResult, val_loss: float) -> str:
-    parts = [f"done: step {result.state.cursor} of {planned.stop}, {result.seconds:.1f} s"]
-    if planned.step.compiles:
-        parts[0] += f" ({planned.step.compile_seconds:.1f} s of it compiling)"
-    if math.isfinite(val_loss):
-        parts.append(f"val_loss {val_loss:.4f}")
-    if result.checkpoint is not None:
-        parts.append(f"checkpoint {result.checkpoint}")
-    return ", ".join(parts)

@@ -43,12 +43,14 @@ class Rollback:
 
     Attributes:
         windows: (c, k) of each time, in those parts of the run, too, that came before a resume.
+        metrics: what the checkpoint says that it went back to last.
     """
 
     def __init__(self, planned: Plan) -> None:
         self._config = planned.config
         before = [] if planned.previous is None else planned.previous.config.get(RECORD, [])
         self.windows: list[tuple[int, int]] = [(begin, end) for begin, end in before]
+        self.metrics: dict[str, Any] = {}
 
     @property
     def wanted(self) -> bool:
@@ -79,6 +81,7 @@ class Rollback:
             except CheckpointError:
                 continue  # an older one will do
             self.windows.append((manifest.cursor, state.cursor))
+            self.metrics = dict(manifest.metrics)
             text = (
                 f"The run has diverged, and goes on from {step}, without batches {manifest.cursor} to "
                 f"{state.cursor - 1}: rollback {len(self.windows)} of {self._config.max_rollbacks}."
