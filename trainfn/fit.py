@@ -57,7 +57,9 @@ def fit(
             left out where there is a ``task``, and comes before the task's where there are both.
         task: what kind of problem it is, by name (``"vision_classification"``) or as a :class:`trainfn.TaskSpec`: it
             chooses what is not passed of loss, collator and metrics.
-        val_data: data to evaluate on, with the same loss and weighting.
+        val_data: data to evaluate on, with the same loss and weighting; or several sets by name,
+            ``{"clean": (x, y), "noisy": other}``, whose columns are ``val_clean_loss``, ... A dict is several sets if
+            each of its values is a data set and no tensor, array or list of numbers (:mod:`trainfn.task.sets`).
         metrics: measured on ``val_data`` besides the loss: names such as ``"accuracy"``, or values from
             :mod:`trainfn.metric`; those of the task if there are none. They are in the history as ``val_accuracy``.
         optimizer: a Transform; if None, AdamW that spares norms and biases its decay, with warm-up and a cosine to 0.
@@ -66,7 +68,8 @@ def fit(
             :mod:`trainfn.observers`.
         on_signal: called with the signal and the checkpoint (None without ``out_dir``) once that is safe, before the
             run ends. With it, SIGUSR1 is listened to as well; if it then returns True, the run goes on.
-        **settings: the fields of :class:`trainfn.TrainConfig`; ``max_steps`` or ``max_epochs`` is needed.
+        **settings: the fields of :class:`trainfn.TrainConfig`; one of ``max_steps``, ``max_epochs`` and
+            ``max_seconds`` is needed.
 
     Returns:
         The last state, the history, the best row, the last checkpoint's path.

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import attrs
+
 from trainfn.data import CopyStream, prefetched
 from trainfn.due import Due, what_is_due
 from trainfn.engine import collecting_at_rows
@@ -16,6 +18,7 @@ from trainfn.errors import CheckpointError, DivergenceError
 from trainfn.evaluation import check_noise, evaluate_plan, noise_columns
 from trainfn.faults import Rescue, is_out_of_memory, memory_error
 from trainfn.halt import divergence, make_finite_check, make_halt_check
+from trainfn.limits import why_over
 from trainfn.observers import Observers
 from trainfn.plan import Plan
 from trainfn.progress import ending
@@ -81,12 +84,13 @@ class Loop:
         )
         self._state, self._told_of = planned.state, planned.resumed_from
         self._unsaved = False
+        self._patience, self._over_by = attrs.evolve(planned.patience), planned.over_by
 
     def carry_out(self) -> FitResult:
         """Take the steps, and return what they leave behind; what ``fit`` does after ``plan``."""
         try:
             left = self._steps()
-            result = self._result("max_steps" if left is None else left.name)
+            result = self._result(str(self._over_by) if left is None else left.name)
         except BaseException as error:
             self._end(None, error)
             raise
@@ -104,7 +108,7 @@ class Loop:
             if self._rollback.wanted and not steps(self._config.out_dir or ""):
                 self._checkpoint()
             self._recorder.start_lap()
-            for state in until_told(self._course, listener):
+            for state in () if self._over_by else until_told(self._course, listener):
                 self._state = state
                 self._recorder.step(state)
                 self._observers("on_step", state, after=state.cursor)
@@ -117,6 +121,8 @@ class Loop:
                         left = told
                         break
                     listener.heard = None
+                if self._over_by:
+                    break
             if left is None and listener.heard is not None:  # in the last step, or there was no other batch
                 left = listener.heard
                 self._save_the_rest()
@@ -128,26 +134,35 @@ class Loop:
         """Do what is due between the last step and the next one; return whether a row was."""
         minutes = self._config.save_every_minutes
         late = minutes is not None and time.perf_counter() - self._saved_at >= 60 * minutes
-        due = what_is_due(self._planned, self._state.cursor, now=told or late)
+        self._over_by = self._why_over()
+        due = what_is_due(self._planned, self._state.cursor, now=told or late, end=self._over_by is not None)
         self._keep_sound(due)
         if not (due.row or due.epoch):
             self._unsaved = self._config.out_dir is not None
             return False
         self._recorder.read(self._state)
         wanted = due.checkpoint
-        metrics: dict[str, float] = {}
+        metrics = self._measure(due)
+        row, epoch = Row(), Row()
         if due.row:
-            metrics = self._measure(due)
             row = self._row(metrics)
             wanted |= due.evaluation and self._planned.retention.among_best(self._recorder.rows[:-1], row)
         if due.epoch:
             epoch = self._recorder.epoch(self._state, metrics if due.scheduled else {})
             self._observers("on_epoch", self._state, epoch, after=self._state.cursor)
+        if due.epoch if self._patience.by_epoch else due.scheduled:
+            self._patience.look(self._planned.retention.score(epoch if self._patience.by_epoch else row))
+            self._over_by = self._over_by or self._why_over()
+            wanted |= self._over_by is not None
         self._unsaved = self._config.out_dir is not None
         if wanted:
             self._checkpoint()
         self._recorder.start_lap()
         return True
+
+    def _why_over(self) -> str | None:
+        cursor, seconds = self._state.cursor, self._recorder.seconds
+        return why_over(self._config, self._patience, cursor=cursor, stop=self._planned.stop, seconds=seconds)
 
     def _measure(self, due: Due) -> dict[str, float]:
         metrics = evaluate_plan(self._planned, self._state) if due.evaluation else {}
@@ -194,6 +209,7 @@ class Loop:
             raise error
         self._state = self._course.go_on(back)
         self._recorder.go_on(self._state, self._rollback.metrics)
+        self._patience.go_on(self._rollback.metrics)
 
     def _checkpoint(self) -> None:
         """Have the state saved beside the training, if the run has a directory."""
@@ -236,7 +252,7 @@ class Loop:
         """Return what a checkpoint says about the run."""
         row = self._recorder.rows[-1] if self._recorder.rows else {}
         metrics: dict[str, Any] = {name: value for name, value in row.items() if isinstance(value, (int, float))}
-        metrics |= self._recorder.so_far
+        metrics |= self._recorder.so_far | self._patience.record
         record = self._planned.record
         config = record["config"] | {"compile_mode": self._planned.step.mode} | self._rollback.record
         return record | {"config": config, "metrics": metrics}

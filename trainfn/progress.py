@@ -24,12 +24,14 @@ class Progress:
         self._bar: Any = None
         self._shown, self._began, self._first = 0, time.perf_counter(), plan.state.cursor
         self._compiles = 0
+        self._often = plan.stop / 20 if plan.of_stop else 100
 
     def on_start(self, plan: Plan) -> None:
         """Show the header, and the bar where there is a terminal."""
         print(*header(plan), sep="\n", file=self._stream, flush=True)
         if plan.state.cursor < plan.stop and (self._stream.isatty() or "ipykernel" in sys.modules):
-            self._bar = self._tqdm(total=plan.stop, initial=plan.state.cursor, file=self._stream, dynamic_ncols=True)
+            total = plan.stop if plan.of_stop else None
+            self._bar = self._tqdm(total=total, initial=plan.state.cursor, file=self._stream, dynamic_ncols=True)
 
     def on_step(self, state: TrainState) -> None:
         """Move the bar; say what a compilation has cost."""
@@ -53,10 +55,11 @@ class Progress:
         shown += [f"{ail} {', '.join(row[ail])}" for ail in AILMENTS if ail in row]
         if self._bar is not None:
             self._bar.set_postfix_str(", ".join(shown))
-        elif evaluated or row["step"] - self._shown >= self._plan.stop / 20 or row["step"] == self._plan.stop:
+        elif evaluated or row["step"] - self._shown >= self._often or row["step"] == self._plan.stop:
             self._shown = row["step"]
             rate = (row["step"] - self._first) / max(time.perf_counter() - self._began, 1e-9)
-            line = f"step {row['step']}/{self._plan.stop}  {'  '.join(shown)}  {rate:.1f} steps/s"
+            stop = f"/{self._plan.stop}" if self._plan.of_stop else ""
+            line = f"step {row['step']}{stop}  {'  '.join(shown)}  {rate:.1f} steps/s"
             print(line, file=self._stream, flush=True)
 
     def on_end(self, result: FitResult | None) -> None:
@@ -72,11 +75,18 @@ def ending(plan: Plan, result: FitResult) -> str:
     cursor = result.state.cursor
     if result.ended_by.startswith("SIG"):
         return f"stopped by {result.ended_by} after step {cursor}, checkpoint {result.checkpoint}"
-    parts = [f"done: step {cursor} of {plan.stop}, {result.seconds:.1f} s"]
+    parts = [f"done: step {cursor}{plan.of_stop}, {result.seconds:.1f} s"]
     if plan.step.compiles:
         parts[0] += f" ({plan.step.compile_seconds:.1f} s of it compiling)"
+    if result.ended_by in ("max_seconds", "early_stopping_patience"):
+        parts.append(f"ended by {result.ended_by}={getattr(plan.config, result.ended_by)}")
+    if result.ended_by == "early_stopping_patience" and result.best is not None:
+        monitor = plan.retention.monitor
+        parts[-1] += f" (best {monitor} {result.best[monitor]:.4g} at step {result.best['step']})"
     row = result.history[-1] if result.history else {}
     parts += [f"{name} {value:.4f}" for name, value in row.items() if _is_val_loss(name) and math.isfinite(value)]
+    steps = [row for row in result.history if row.get("counted_per_second")]
+    parts += [f"{steps[-1]['counted_per_second']:,.0f} counted by the loss a second"] if steps else []
     parts += [f"checkpoint {result.checkpoint}"] if result.checkpoint is not None else []
     return ", ".join(parts)
 

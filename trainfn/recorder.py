@@ -18,6 +18,7 @@ import attrs
 from trainfn.data import Loader
 from trainfn.errors import listed, warn
 from trainfn.health import ALARMING, REFUSED, HealthWarning, Verdict
+from trainfn.limits import seconds_of
 from trainfn.plan import Plan
 from trainfn.reports import EpochSums, read_reports, summary, tensor_health
 from trainfn.result import Row
@@ -57,7 +58,7 @@ class Recorder:
             for row in rows(path):
                 (self.epochs if row.get("kind") == "epoch" else self.rows).append(row)
         before = {} if plan.previous is None else plan.previous.metrics
-        self.seconds_before = float(before.get("seconds") or 0.0)
+        self.seconds_before = seconds_of(before)
         self._began = self._lap_began = time.perf_counter()
         self._compiled = plan.step.compile_seconds
         self._spent = 0.0  # by the steps since the last row, as far as they have been read
