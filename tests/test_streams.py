@@ -174,7 +174,7 @@ def test_what_cannot_be_trained_on_is_refused_before_the_first_step(data: Any, m
 @pytest.mark.parametrize(
     ("data", "settings", "match"),
     [
-        (Numbered(), {"max_steps": None, "max_epochs": 2}, "max_epochs=2; max_steps missing"),
+        (Numbered(), {"max_steps": None, "max_epochs": 2}, "max_epochs=2: how long"),
         (Numbered(), {"shuffle": True}, "shuffle=True"),
         (DataLoader(Numbered()), {"batch_size": 4, "workers": 1}, "batch_size=4; workers=1"),
         (Batched([1]), {"collate": list}, "nothing to collate"),

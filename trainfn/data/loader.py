@@ -106,7 +106,7 @@ class Loader:
         self._block: tuple[int, Tensor] = (-1, torch.empty(0))
 
     @property
-    def grouped(self) -> bool:
+    def is_grouped(self) -> bool:
         """Whether examples of like length are in one batch."""
         return self._lengths is not None
 
@@ -159,9 +159,23 @@ class Loader:
         _check(start=(start, 0), stop=(stop, 0))
         return self._stream(range(start, stop))
 
-    def one_pass(self, limit: int | None = None) -> Generator[Batch, None, None]:
-        """Return an iterator over the batches of the first epoch, or the first ``limit`` of them."""
-        return self.batches(0, self.batches_per_epoch if limit is None else min(limit, self.batches_per_epoch))
+    def one_pass(self) -> Generator[Batch, None, None]:
+        """Return an iterator over the batches of the first epoch."""
+        return self.batches(0, self.batches_per_epoch)
+
+    def count(self, start: int, stop: int) -> int:
+        """Return how many examples are in batches ``start`` to ``stop - 1``; none in those that a function makes.
+
+        >>> Loader(torch.arange(10), batch_size=4).count(1, 4)
+        10
+        """
+
+        def before(cursor: int) -> int:  # the last batch of an epoch may be short
+            epochs, rest = divmod(cursor, self.batches_per_epoch)
+            each = min(self.batches_per_epoch * self.batch_size, self.examples)
+            return epochs * each + min(rest * self.batch_size, each)
+
+        return 0 if self.endless else before(stop) - before(start)
 
     def sample(self, most: int) -> Iterator[Batch]:
         """Yield batches from all over the data, at least two if there are two, with ``most`` examples or so.

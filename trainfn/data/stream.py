@@ -43,7 +43,7 @@ class Stream:
 
     Attributes:
         endless: False; it is not a function of numbers.
-        examples, batches_per_epoch: unknown, and so beyond all bounds.
+        examples, batches_per_epoch: unknown, and so beyond all bounds; the second may be set.
         is_whole: whether its data yield batches.
 
     >>> stream = Stream(iter("abc"), batch_size=2, collate=lambda items: torch.tensor([ord(item) for item in items]))
@@ -94,8 +94,17 @@ class Stream:
         return f"a stream of {'batches' if self.is_whole else 'examples'}, {reader.kind}; {resume}"
 
     def epoch(self, cursor: int) -> int:
-        """Return the number of the pass that batch ``cursor`` came in; of the current one, if that is not known."""
+        """Return the number of the pass that batch ``cursor`` came in; of the current one, if that is not known.
+
+        Where ``batches_per_epoch`` is set to a number, so many are an epoch, whatever a pass is.
+        """
+        if self.batches_per_epoch < _UNKNOWN:
+            return cursor // self.batches_per_epoch
         return self._spans.get(cursor, (self._reader.place.epoch, 0, 0))[0]
+
+    def count(self, start: int, stop: int) -> int:
+        """Return how many examples were in batches ``start`` to ``stop - 1``, as far as they are remembered."""
+        return sum(self._spans[number][2] for number in range(start, stop) if number in self._spans)
 
     def indices(self, cursor: int) -> Tensor:
         """Return which examples of its pass batch ``cursor`` was made of, int64; none, if that is long ago."""
@@ -134,8 +143,8 @@ class Stream:
             raise DataError("A stream goes on from where it is.", expected=f"batch {self._cursor}", got=f"{start}")
         return self._going_on(sys.maxsize if stop is None else stop)
 
-    def one_pass(self, limit: int | None = None) -> Generator[Batch, None, None]:
-        """Return an iterator over one whole pass from its beginning, or over its first ``limit`` batches.
+    def one_pass(self) -> Generator[Batch, None, None]:
+        """Return an iterator over one whole pass from its beginning, or over its first ``batches_per_epoch``.
 
         >>> stream = Stream([[1, 2], [3, 4]], batch_size=2)
         >>> [len(list(stream.one_pass())) for _ in range(2)]
@@ -148,8 +157,7 @@ class Stream:
         while found is not None:
             self._cursor += 1
             yield found[1]
-            is_enough = limit is not None and self._cursor >= limit
-            found = None if is_enough else self._reader.read(self._cursor, again=False)
+            found = None if self._cursor >= self.batches_per_epoch else self._reader.read(self._cursor, again=False)
         self._reader.drop()
 
     def sample(self, most: int) -> Iterator[Batch]:
