@@ -272,3 +272,12 @@ def test_what_was_not_written_by_it_is_refused(bad: Any) -> None:
 
 def test_the_pass_is_all_examples() -> None:
     assert sum(len(batch[1]) for batch in Stream(Examples(), batch_size=4).one_pass()) == EXAMPLES
+
+
+def test_so_many_batches_may_be_an_epoch_of_a_stream() -> None:
+    made = fit(Numbered(), batch_size=4, max_steps=None, max_epochs=2, limit_train_batches=2, val_data=Numbered())
+    assert made.state.cursor == 4
+    assert [row["epoch"] for row in made.epochs] == [0, 1]
+    assert [row["step"] for row in made.history if "val_loss" in row] == [2, 4]
+    limited = fit(Numbered(), batch_size=4, val_data=Numbered(), limit_eval_batches=1)
+    assert limited.history[-1]["val_loss"] != made.history[-1]["val_loss"]

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 import trainfn
 from trainfn.data import Batched
+from trainfn.result import CLOCK
 from trainfn.tree import digest
 
 EXAMPLES = 22
@@ -140,7 +141,7 @@ def train(data: Any, stop: int, run: Path | None, **settings: Any) -> dict[str, 
         "device": "cpu", "compile": "eager", "progress": False, "resume": "auto" if run else None,
     } | settings  # fmt: skip
     result = trainfn.fit(model, data, max_steps=stop, out_dir=run, **options)
-    rows = [{name: value for name, value in row.items() if name != "seconds"} for row in result.history]
+    rows = [{name: value for name, value in row.items() if name not in CLOCK} for row in result.history]
     return {"digest": digest(result.state), "rows": rows, "order": model.noted}
 
 
