@@ -163,6 +163,7 @@ BY_NAME = {"data": NAMED, "task": {"kind": "tabular", "inputs": ["a"], "target":
 TABLE = {"task": {"kind": "tabular"}}
 PHOTOS = {"data": (IMAGES, Y), "task": {"kind": "vision_classification"}}
 SEVERAL = (X, torch.stack([X[:, 0] > 0] * 3, 1).float())
+PADDED = {"data": IDS, "model": Words, "task": {"kind": "language_modeling", "special_tokens": {"pad": int(IDS[0, 0])}}}
 MASKED = {
     "data": {"input_ids": IDS},
     "model": Words,
@@ -183,6 +184,7 @@ TASKS: dict[str, Change] = {
     "loss_options": Change({"label_smoothing": 0.3}, "params", TABLE),
     "metrics": Change(("accuracy", "f1"), "rows", TABLE),
     "ignore_index": Change(2, "params", TABLE),
+    "ignore": Change(("pad",), "params", PADDED),
     "collate": Change("default", "params", PHOTOS),
     "collate_options": Change({"mean": 0.5, "std": 0.5}, "params", PHOTOS),
     "special_tokens": Change({"mask": 1, "cls": 7, "sep": 8}, "params", MASKED),

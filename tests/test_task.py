@@ -187,6 +187,26 @@ def test_an_image_of_another_shape_is_refused() -> None:
         fit(data, Flat, task, batch_size=1, shuffle=False)
 
 
+# --- what is not learned
+
+
+def test_tokens_that_are_not_learned_do_not_count() -> None:
+    """Text that comes padded and without a mask: as many labels as there are words after the first."""
+    ids = torch.tensor([[5, 6, 7, 0, 0], [8, 9, 0, 0, 0]] * 4)
+    task = TaskSpec(kind="language_modeling", special_tokens={"pad": 0}, ignore="pad")
+    counted = {}
+    for name, spec in {"pad": task, "none": task.evolve(ignore=())}.items():
+        for data in (ids, {"input_ids": ids}, {"input_ids": ids, "labels": ids}, [{"input_ids": row} for row in ids]):
+            counted.setdefault(name, set()).add(fit(data, Words, spec, max_steps=1, log_every=1).history[0]["weight"])
+    assert counted == {"pad": {4 * (2 + 1.0)}, "none": {4 * (4 + 4.0)}}
+    masked = {"input_ids": ids, "attention_mask": (torch.arange(5) < 2).expand(8, 5).long()}
+    assert fit(masked, Words, task, max_steps=1, log_every=1).history[0]["weight"] == 8.0
+    with pytest.raises(DataError, match="no labels in which tokens could be ignored"):
+        fit({"tokens": ids}, Words, task)
+    with pytest.raises(ConfigError, match=r"ignore=bos, eos \(no such special token"):
+        task.evolve(ignore=["bos", "eos"])
+
+
 # --- mistakes, and JSON
 
 
@@ -202,8 +222,32 @@ def test_all_mistakes_of_a_task_are_reported_together() -> None:
             special_tokens={"pad": -1},
             shapes={"x": (-1,)},
         )
-    for word in ("'regression'", "'text'", "'image'", "1.5", "one of the inputs", "pad", "-1"):
+    for word in ("'regression'", "'text'", "'image'", "1.5", "special_tokens={'pad': -1}", "shapes={'x': (-1,)}"):
         assert word in str(caught.value)
+    with pytest.raises(ConfigError, match=r"one of the inputs\n.*gives two fields one name"):
+        TaskSpec(kind="regression", inputs={"a": "x", "b": "x"}, target="a")
+    with pytest.raises(ConfigError, match=r"los \(did you mean 'loss'\?\)\n *kind='mlm' \(here it is called"):
+        TaskSpec(kind="mlm", los="l1")  # type: ignore[call-arg]
+    with pytest.raises(ConfigError, match="kind is missing"):
+        TaskSpec.from_json({"version": 1})
+
+
+junk: Any = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.sampled_from([X, object(), b""]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.integers() | st.text(max_size=2), inner, max_size=2),
+    max_leaves=4,
+)
+FIELDS = [field.name for field in attrs.fields(TaskSpec)]
+
+
+@given(st.dictionaries(st.sampled_from([*FIELDS, "losss"]), junk, max_size=4))
+def test_whatever_is_not_refused_goes_through_json_and_back(fields: dict[str, Any]) -> None:
+    try:
+        task = TaskSpec(**{"kind": "tabular"} | fields)
+        written = json.loads(json.dumps(task.to_json()))
+    except ConfigError:
+        return
+    assert repr(TaskSpec.from_json(written)) == repr(task), "repr, because NaN is not NaN"
 
 
 @pytest.mark.parametrize(
@@ -235,9 +279,10 @@ specs = st.builds(
     loss_options=st.dictionaries(words, st.floats(allow_nan=False) | st.integers() | st.booleans(), max_size=2),
     metrics=st.none() | st.lists(words, max_size=2),
     ignore_index=st.integers(-200, 200),
+    ignore=st.just(()) | st.just("pad"),
     collate=st.none() | st.sampled_from(["text", "default"]),
     collate_options=st.dictionaries(words, st.integers(), max_size=2),
-    special_tokens=st.dictionaries(words, st.integers(0, 9), max_size=2),
+    special_tokens=st.dictionaries(words, st.integers(0, 9), max_size=2).map(lambda tokens: tokens | {"pad": 0}),
     shapes=st.dictionaries(words, st.lists(st.none() | st.integers(0, 9), max_size=3), max_size=2),
 )
 
@@ -256,6 +301,9 @@ def test_a_task_of_another_version_is_refused() -> None:
     for version in (0, 2, None, "1"):
         with pytest.raises(ConfigError, match="version 1"):
             TaskSpec.from_json(written | {"version": version})
+    with pytest.raises(ConfigError, match=r"0 to 1, kinds by other names \(kind mlm -> masked_language_modeling\)"):
+        TaskSpec.from_json({"version": 0, "kind": "mlm"})
+    assert TaskSpec.from_json({"version": 0, "kind": "mlm"}, migrate=True) == TaskSpec(kind="masked_language_modeling")
     with pytest.raises(ConfigError, match="metricss"):
         TaskSpec.from_json(written | {"metricss": []})
 

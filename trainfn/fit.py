@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +33,7 @@ from trainfn.signals import OnSignal, leave, listening, until_told
 from trainfn.state import TrainState
 from trainfn.store import Saver, save, steps
 from trainfn.task import TaskSpec, TrainConfig
+from trainfn.task.config import given_settings
 
 
 def fit(
@@ -46,6 +48,7 @@ def fit(
     collate: str | Callable[[list[Any]], Batch] | None = None,
     observers: Sequence[Observer] = (),
     on_signal: OnSignal | None = None,
+    config: TrainConfig | str | os.PathLike[str] | None = None,
     **settings: Any,
 ) -> FitResult:
     """Train a model.
@@ -76,6 +79,8 @@ def fit(
         observers: functions called with the state after every step.
         on_signal: called with the signal and the checkpoint (None without ``out_dir``) once that is safe, before the
             run ends. With it, SIGUSR1 is listened to as well; if it then returns True, the run goes on.
+        config: settings as a value, ``TrainConfig.preset("quick")``, or as a file, ``"runs/gpt/config.toml"``; those
+            that are passed by hand come before it.
         **settings: the fields of :class:`trainfn.TrainConfig`; ``max_steps`` or ``max_epochs`` is needed.
 
     Returns:
@@ -102,7 +107,7 @@ def fit(
     """
     given = (loss, task, val_data, metrics, optimizer, collate)
     with contextlib.ExitStack() as held:
-        planned = decide(held, model, data, *given, settings=settings)
+        planned = decide(held, model, data, *given, settings=given_settings(config, settings))
         return carry_out(planned, observers, on_signal)
 
 

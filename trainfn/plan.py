@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from trainfn.batch import Batch, micro_batches
 from trainfn.data import Loader, to_device
-from trainfn.directory import check_writable, machine, make_retention, resume
+from trainfn.directory import check_writable, machine, make_retention, resume, write_config
 from trainfn.engine import CompiledStep, compile
 from trainfn.errors import ConfigError, DataError, ModelError, TrainfnError
 from trainfn.faults import is_out_of_memory, memory_error
@@ -25,11 +26,11 @@ from trainfn.state import TrainState, init
 from trainfn.step import Step, make_step, surroundings
 from trainfn.store import Manifest, Retention, clean, writing
 from trainfn.task import Intake, TaskSpec, TrainConfig, take_in
-from trainfn.task.config import make_config
+from trainfn.task.config import given_settings, make_config
 from trainfn.task.guard import guarding
 from trainfn.tree import batch_length, describe, named_leaves
 
-_ARGUMENTS = ("loss", "task", "val_data", "metrics", "optimizer", "collate", "observers", "on_signal")
+_ARGUMENTS = ("loss", "task", "val_data", "metrics", "optimizer", "collate", "observers", "on_signal", "config")
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -87,6 +88,7 @@ def plan(
     metrics: Sequence[str | Metric] = (),
     optimizer: Transform | None = None,
     collate: str | Callable[[list[Any]], Batch] | None = None,
+    config: TrainConfig | str | os.PathLike[str] | None = None,
     **settings: Any,
 ) -> Plan:
     """Decide everything about a run and check what can be checked, one batch through model and loss included.
@@ -106,7 +108,7 @@ def plan(
     (6, 0)
     """
     given = (loss, task, val_data, metrics, optimizer, collate)
-    return decide(contextlib.ExitStack(), model, data, *given, locks=False, settings=settings)
+    return decide(contextlib.ExitStack(), model, data, *given, locks=False, settings=given_settings(config, settings))
 
 
 def decide(
@@ -187,6 +189,8 @@ def decide(
         held.enter_context(writing(config.out_dir))
         clean(config.out_dir)
     state, resumed_from, manifest = resume(config, state, record)
+    if config.out_dir is not None and locks:
+        write_config(config)
     compiled = compile(step, mode=_mode(config, manifest), donate=True, cuda_graph=config.cuda_graph, steps=stop)
     if config.cuda_graph is True:
         compiled.settle(state)  # raises where there can be none
