@@ -52,7 +52,7 @@ def test_all_mistakes_are_reported_together() -> None:
     refused(
         "learning_rate (here it is called 'lr')", "seeed (did you mean 'seed'?)", "batch_size=0 (expected an int >= 1)",
         "clip_norm=nan", "ema=1.0 (expected a number in [0, 1), or None)", "did you mean 'bf16-mixed'?", "mode=3",
-        "max_steps and max_epochs both missing", 'resume="auto" without out_dir',
+        "max_steps, max_epochs and max_seconds all missing", 'resume="auto" without out_dir',
         learning_rate=1.0, seeed=1, batch_size=0, clip_norm=float("nan"), ema=1.0, precision="bf16_mixed", mode=3,
         resume="auto",
     )  # fmt: skip

@@ -45,7 +45,7 @@ SPIKE[220, 1] = 300.0
 
 RUN = {
     "params": "the trained parameters, to the bit",
-    "rows": "the history, but for the seconds",
+    "rows": "the history, but for seconds and throughput",
     "best": "the step of the best row",
     "files": "what lies in the run directory",
     "header": "what is said before the first step",
@@ -114,6 +114,12 @@ LATER = {"compile": "eager", "begin": False}  # decided and said, but not run: c
 SETTINGS: dict[str, Change] = {
     "max_steps": Change(3, "params"),
     "max_epochs": Change(1, "params"),
+    "max_seconds": Change(1e-9, "rows"),
+    "early_stopping_patience": Change(1, "rows", {"mode": "max", "eval_every": 1}),
+    "min_delta": Change(100.0, "rows", {"early_stopping_patience": 1, "eval_every": 1}),
+    "overfit_batches": Change(1, "params"),
+    "limit_train_batches": Change(1, "params"),
+    "limit_eval_batches": Change(1, "rows"),
     "batch_size": Change(3, "params"),
     "accumulate": Change(2, "params"),
     "lr": Change(0.01, "params"),
@@ -224,7 +230,8 @@ def look(home: Path, *, model: Callable[[], nn.Module] = Flat, begin: bool = Tru
         except TrainfnError as error:
             seen["error"] = f"{type(error).__name__}: {error.what}"
             seen["rows"] = list(rows(home / "history.jsonl")) if (home / "history.jsonl").exists() else []
-    seen["rows"] = [{name: value for name, value in row.items() if name != "seconds"} for row in seen["rows"] or []]
+    timed = ("seconds", "examples_per_second", "counted_per_second")
+    seen["rows"] = [{name: value for name, value in row.items() if name not in timed} for row in seen["rows"] or []]
     seen["files"] = sorted(path.name for path in home.iterdir()) if home.exists() else []
     before_steps = said.getvalue().partition("\nstart ")
     seen["header"] = [line.replace(str(home), "HOME") for line in before_steps[0].splitlines()]

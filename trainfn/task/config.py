@@ -41,6 +41,15 @@ class TrainConfig(Filed):
     Attributes:
         max_steps: stop after this many steps in all, those before a resume included.
         max_epochs: stop after this many passes over the data; whichever limit comes first.
+        max_seconds: stop between two steps once the run has taken this long, the parts before a resume included. What
+            is due at the end comes on top. Alone, it leaves the learning rate constant after the warm-up.
+        early_stopping_patience: stop after this many evaluations in a row without a new best ``monitor``; epochs by
+            their ``loss``, where nothing is evaluated. See :mod:`trainfn.limits`.
+        min_delta: by how much a new best has to be better for that.
+        overfit_batches: train on the first so many steps' batches, over and over in the same order, and evaluate on
+            their examples: a model and a loss that can learn at all bring the loss near 0.
+        limit_train_batches: end an epoch after this many steps, with the next order.
+        limit_eval_batches: evaluate on the first so many batches of ``batch_size`` only.
         batch_size: examples in a micro-batch.
         accumulate: micro-batches in a step; a step sees ``batch_size * accumulate`` examples.
         lr: peak learning rate of the default optimizer: AdamW, warm-up, then a cosine to 0.
@@ -93,6 +102,12 @@ class TrainConfig(Filed):
 
     max_steps: int | None = setting(None, "an int >= 1", at_least(1), optional=True, bits=False)
     max_epochs: int | None = setting(None, "an int >= 1", at_least(1), optional=True, bits=False)
+    max_seconds: float | None = setting(None, "a number > 0", positive, optional=True, bits=False)
+    early_stopping_patience: int | None = setting(None, "an int >= 1", at_least(1), optional=True, bits=False)
+    min_delta: float = setting(0.0, "a number >= 0", at_least(0.0, (int, float)), bits=False)
+    overfit_batches: int | None = setting(None, "an int >= 1", at_least(1), optional=True)
+    limit_train_batches: int | None = setting(None, "an int >= 1", at_least(1), optional=True)
+    limit_eval_batches: int | None = setting(None, "an int >= 1", at_least(1), optional=True, bits=False)
     batch_size: int = setting(32, "an int >= 1", at_least(1))
     accumulate: int = setting(1, "an int >= 1", at_least(1))
     lr: float = setting(1e-3, "a number > 0", positive)
@@ -128,7 +143,7 @@ class TrainConfig(Filed):
     cuda_graph: Literal["auto"] | bool = setting(
         False,
         '"auto" or a bool',
-        lambda v: is_bool(v) or (isinstance(v, str) and v == "auto"),
+        lambda v: is_bool(v) or is_word(v, "auto"),
         bits=False,
         volatile=True,
     )
@@ -156,16 +171,16 @@ class TrainConfig(Filed):
         """Return what is wrong with the values of settings, each for itself and together; a line each."""
         of = {field.name: fields.get(field.name, field.default) for field in attrs.fields(cls)}
         wrong = [text for field in attrs.fields(cls) if (text := mistake(field, of[field.name]))]
-        if of["max_steps"] is None and of["max_epochs"] is None:
-            wrong.append("max_steps and max_epochs both missing: say how long to train")
+        if of["max_steps"] is None and of["max_epochs"] is None and of["max_seconds"] is None:
+            wrong.append("max_steps, max_epochs and max_seconds all missing: say how long to train")
+        if of["early_stopping_patience"] is None and is_number(of["min_delta"]) and of["min_delta"] > 0:
+            wrong.append("min_delta without early_stopping_patience: nothing is compared with it")
+        if of["overfit_batches"] is not None and of["limit_train_batches"] is not None:
+            wrong.append("overfit_batches and limit_train_batches: both say which batches to train on")
         if of["out_dir"] is None:
             if is_word(of["resume"], "auto"):
                 wrong.append('resume="auto" without out_dir: there is nowhere to look')
-            if (
-                isinstance(of["on_divergence"], str)
-                and of["on_divergence"] == "rollback"
-                and of["fast_dev_run"] is not True
-            ):
+            if is_word(of["on_divergence"], "rollback") and of["fast_dev_run"] is not True:
                 wrong.append('on_divergence="rollback" without out_dir: there are no checkpoints to go back to')
         return wrong
 
@@ -187,10 +202,8 @@ class TrainConfig(Filed):
         >>> TrainConfig(max_steps=10, lr=0.1, batch_size=32).chosen()
         {'max_steps': 10, 'lr': 0.1}
         """
-        values = {field.name: getattr(self, field.name) for field in attrs.fields(type(self))}
-        return {
-            field.name: values[field.name] for field in attrs.fields(type(self)) if values[field.name] != field.default
-        }
+        defaults = {field.name: field.default for field in attrs.fields(type(self))}
+        return {name: getattr(self, name) for name in defaults if getattr(self, name) != defaults[name]}
 
     def diff(self, newer: TrainConfig) -> ConfigDiff:
         """Return in what newer settings differ from these.
