@@ -25,7 +25,7 @@ from trainfn.grad import (
     make_gradients,
 )
 from trainfn.health import OnSpike
-from trainfn.loss import Loss, LossSum, resolve
+from trainfn.loss import Loss, LossSum, resolve, takes_target
 from trainfn.loss.base import check_count
 from trainfn.metric import Metric, MetricSum
 from trainfn.optim import Transform
@@ -166,7 +166,7 @@ def make_step(
     return Step(
         model=model,
         strategy=strategy,
-        forward=make_forward(model, precision),
+        forward=make_forward(model, precision, targets=takes_target(strategy)),
         criterion=make_criterion(strategy, precision),
         gradients=make_gradients(model, strategy, precision, recomputed),
         update=Update(
