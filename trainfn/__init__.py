@@ -23,6 +23,7 @@
 | ``task`` | ``TrainConfig``, ``TaskSpec`` |
 | ``faults`` | memory that is not there; errors between two steps |
 | ``directory``, ``signals`` | what is continued and kept in the run directory; being told to stop |
+| ``predict``, ``generate`` | what a trained model says of data, and continues a text with |
 | ``plan``, ``header`` | what is decided before the first step, and how it is said |
 | ``evaluation``, ``observers``, ``halt``, ``rollback`` | what measures a run, watches it, ends it, and sends it back |
 | ``fit``, ``result`` | ``fit``, ``run``; ``FitResult`` |
@@ -35,11 +36,13 @@ from trainfn.diagnose import Diagnosis, diagnose
 from trainfn.engine import CompiledStep, compile
 from trainfn.evaluation import evaluate
 from trainfn.fit import fit, run
+from trainfn.generate import generate
 from trainfn.grad import Gradients, fold, merge
 from trainfn.health import Verdict
 from trainfn.loss import LossSum
 from trainfn.optim import Transform
 from trainfn.plan import Plan, plan
+from trainfn.predict import predict
 from trainfn.replay import replay
 from trainfn.result import FitResult
 from trainfn.state import Health, Report, TrainState, init
@@ -73,6 +76,7 @@ __all__ = [
     "evaluate",
     "fit",
     "fold",
+    "generate",
     "init",
     "inspect",
     "load",
@@ -84,6 +88,7 @@ __all__ = [
     "optim",
     "per_sample",
     "plan",
+    "predict",
     "replay",
     "run",
     "save",

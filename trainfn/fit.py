@@ -141,7 +141,8 @@ def carry_out(planned: Plan, observers: Sequence[Observer] = (), on_signal: OnSi
             checkpoint=saver.drain(),
             best_checkpoint=checkpoint_at(config.out_dir, best),
             seconds=time.perf_counter() - began,
-            _model=planned.model,
+            _step=planned.step.step,
+            _reader=planned.reader,
         )
 
     def answer(told: signal.Signals) -> bool:

@@ -21,6 +21,7 @@ from trainfn.loss import Loss, LossSum
 from trainfn.metric import Metric, resolve
 from trainfn.optim import Transform, adamw, matrices_only, warmup_cosine
 from trainfn.precision import check_buffers, check_precision
+from trainfn.predict import Reader
 from trainfn.state import TrainState, init
 from trainfn.step import Step, make_step, surroundings
 from trainfn.store import Manifest, Retention, clean, writing
@@ -53,6 +54,7 @@ class Plan:
         task: what kind of problem it is, or None if that was not said.
         record: what every checkpoint of this run says about it.
         retention: which checkpoints are kept, and what the best one is.
+        reader: how data is read that is to be predicted of.
     """
 
     config: TrainConfig
@@ -71,6 +73,7 @@ class Plan:
     task: TaskSpec | None
     record: dict[str, Any]
     retention: Retention
+    reader: Reader
 
     def to_device(self, batch: Batch) -> Batch:
         """Return the batch with its tensors on the run's device."""
@@ -207,6 +210,9 @@ def decide(
         task=taken.task,
         record=record,
         retention=retention,
+        reader=Reader(
+            collate=taken.ask_collate, columns=getattr(taken.data, "columns", None), batch_size=config.batch_size
+        ),
     )
 
 

@@ -27,6 +27,7 @@ class Intake:
         config: the settings, with those of a ``DataLoader`` filled in.
         data, val_data: what the loaders read.
         collate, val_collate: what they collate with; None stacks.
+        ask_collate: what data is collated with that is to be predicted of, and may lack the target.
         loss: the loss, by name or as a function.
         loss_name: what it is called, None if it has no name.
         metrics: what is measured.
@@ -38,6 +39,7 @@ class Intake:
     val_data: Any
     collate: Collate | None
     val_collate: Collate | None
+    ask_collate: Collate | None
     loss: str | Loss
     loss_name: str | None
     metrics: Sequence[str | Metric]
@@ -97,6 +99,7 @@ def take_in(
         )
     usual = None if spec_for_data is None else spec_for_data.make_collator()
     own = [choose_collator(hand, usual) for hand in (by_hand, by_hand_val)]
+    asking = None if spec_for_data is None else spec_for_data.make_collator(predicting=True)
     loss_name = loss if isinstance(loss, str) else None
     if loss is None:
         chosen = cast(TaskSpec, spec)
@@ -109,6 +112,7 @@ def take_in(
         val_data=val_data,
         collate=own[0],
         val_collate=own[1],
+        ask_collate=choose_collator(by_hand, asking),
         loss=loss,
         loss_name=loss_name,
         metrics=metrics,
