@@ -10,6 +10,7 @@
 | ``loss`` | ``LossSum``, the strategies, the registry |
 | ``optim`` | ``Transform`` pairs, clipping, schedules |
 | ``forward`` | how a batch meets a model's forward |
+| ``attention`` | which kernel attention runs by |
 | ``grad`` | gradients as a monoid: ``gradients``, ``merge``, ``fold`` |
 | ``health`` | ``Verdict``: whether a step may be applied |
 | ``update`` | ``Update``: where sums are divided and anything changes |

@@ -11,6 +11,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
+from trainfn.attention import watched
 from trainfn.batch import Batch, micro_batches
 from trainfn.data import Loader, to_device
 from trainfn.directory import check_writable, machine, make_retention, resume
@@ -55,6 +56,7 @@ class Plan:
         record: what every checkpoint of this run says about it.
         retention: which checkpoints are kept, and what the best one is.
         reader: how data is read that is to be predicted of.
+        kernels: which kernels of attention the first forward has called, and how often; see :mod:`trainfn.attention`.
     """
 
     config: TrainConfig
@@ -74,6 +76,7 @@ class Plan:
     record: dict[str, Any]
     retention: Retention
     reader: Reader
+    kernels: dict[str, int]
 
     def to_device(self, batch: Batch) -> Batch:
         """Return the batch with its tensors on the run's device."""
@@ -169,13 +172,16 @@ def decide(
         on_spike=config.on_spike,
         halt_after=config.halt_after,
         checkpoint=config.checkpoint,
+        attention=config.attention,
     )
     state = init(
         model, optimizer, seed=config.seed, ema=config.ema is not None, precision=config.precision, device=device
     )
     check_precision(model, config.precision)
     looked_at = {"data": loader} | ({} if val_loader is None else {"val_data": val_loader})
-    first = _first_loss(step, state, to_device(loader.batch(0), device), looked_at if config.check_data else {})
+    first, kernels = _first_loss(
+        step, state, to_device(loader.batch(0), device), looked_at if config.check_data else {}
+    )
     record: dict[str, Any] = {
         "config": config.to_json()
         | {"loss": taken.loss_name or _name(loss), "stop": stop}
@@ -210,6 +216,7 @@ def decide(
         task=taken.task,
         record=record,
         retention=retention,
+        kernels=kernels,
         reader=Reader(
             collate=taken.ask_collate, columns=getattr(taken.data, "columns", None), batch_size=config.batch_size
         ),
@@ -279,18 +286,30 @@ def _metrics(metrics: Sequence[str | Metric], loss: str | Loss, val_data: object
     return found
 
 
-def _first_loss(step: Step, state: TrainState, batch: Batch, loaders: dict[str, Loader]) -> LossSum:
-    """Run the first micro-batch through model and loss, so that what does not fit is found before any work is done."""
+def _first_loss(
+    step: Step, state: TrainState, batch: Batch, loaders: dict[str, Loader]
+) -> tuple[LossSum, dict[str, int]]:
+    """Run the first micro-batch through model and loss, so that what does not fit is found before any work is done.
+
+    Returns:
+        The loss, and the kernels of attention that were called.
+    """
     batch_length(batch)
     part = micro_batches(batch, step.accumulate)[0]
-    buffers = {name: buffer.clone() for name, buffer in state.buffers.items()}
+    buffers: dict[str, Tensor] = {}
+    where = f"{type(step.model).__name__}, a micro-batch of {describe(part)}"
+
+    def forward() -> LossSum:
+        buffers.update({name: buffer.clone() for name, buffer in state.buffers.items()})
+        return step.loss(state.params, buffers, part)
+
     try:
         with (
             surroundings(step.model, state, training=True),
             torch.no_grad(),
             guarding(step.model, step.strategy, part, loaders),
         ):
-            found = step.loss(state.params, buffers, part)
+            found = watched(forward, step.attention, where)
     except (TrainfnError, Warning):
         raise
     except Exception as error:
@@ -300,7 +319,7 @@ def _first_loss(step: Step, state: TrainState, batch: Batch, loaders: dict[str, 
         kind = DataError if isinstance(error, IndexError) else ModelError
         raise kind(
             "The first batch does not go through the model and the loss.",
-            where=f"{type(step.model).__name__}, a micro-batch of {describe(part)}",
+            where=where,
             got=f"{type(error).__name__}: {text}",
             hint=_remedy(text, part),
         ) from error

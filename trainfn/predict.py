@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from trainfn.attention import attending
 from trainfn.batch import Batch
 from trainfn.data import Collator, Loader, to_device
 from trainfn.data.collate import unchanged
@@ -161,7 +162,7 @@ def predicting(
                 hint="its fields, shapes and dtypes have to be those that the model was trained on",
             ) from error
 
-    with surroundings(plain.model, state, training=False):
+    with attending(plain.attention), surroundings(plain.model, state, training=False):
         yield outputs_of
 
 
