@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -60,19 +61,38 @@ def test_the_kernel_asked_for_is_the_one_that_runs(asked: Any) -> None:
     assert kernels_in(step, state) == kernels_in(trainfn.compile(step, mode="eager"), state) == right
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("asked", NAMES)
-@pytest.mark.parametrize("mode", ["graph", "split", "accum"])
-def test_a_program_keeps_the_kernel_that_it_was_compiled_with(mode: Any, asked: Any, backend: str) -> None:
-    """Also where a program of another kernel is in the cache. Of math there are products and a softmax in it."""
+def compiled_in(mode: Any, asked: Any, backend: str = "inductor") -> tuple[set[str], str]:
+    """Return the kernels of attention in a compiled program, and the digest of what it comes to."""
+    torch.manual_seed(0)
     model, optimizer = Attends(), trainfn.optim.sgd(lr=0.1)
     step = trainfn.make_step(model, loss="classification", optimizer=optimizer, attention=asked)
     state = trainfn.init(model, optimizer)
     compiled = trainfn.compile(step, mode=mode, backend=backend)
-    compiled(state, (X, Y))
-    assert ("flash" in kernels_in(compiled, state)) == (asked != "math")
+    after = compiled(state, (X, Y))
+    found = kernels_in(compiled, state)
     assert compiled.compiles == 1
+    return found, digest(after.params)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asked", NAMES)
+@pytest.mark.parametrize("mode", ["graph", "split", "accum"])
+def test_a_program_keeps_the_kernel_that_it_was_compiled_with(mode: Any, asked: Any) -> None:
+    """Of math there are products and a softmax in it."""
+    assert ("flash" in compiled_in(mode, asked, "aot_eager")[0]) == (asked != "math")
+
+
+@pytest.mark.slow
+def test_a_program_of_another_kernel_is_not_taken_from_the_cache(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    found = []
+    for asked in ("math", "flash", "auto", "math"):
+        torch._dynamo.reset()
+        found.append(compiled_in("split", asked)[1])
+    assert found[0] == found[3]
+    assert found[1] == found[2] != found[0]
 
 
 def test_kernels_agree_and_are_not_the_same() -> None:
