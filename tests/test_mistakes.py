@@ -111,7 +111,7 @@ def test_data_of_an_unsupported_kind():
 
 
 def test_neither_max_steps_nor_max_epochs():
-    refused(ConfigError, "max_steps and max_epochs both missing", max_steps=None)
+    refused(ConfigError, "max_steps, max_epochs and max_seconds all missing", max_steps=None)
 
 
 def test_unwritable_out_dir(tmp_path):

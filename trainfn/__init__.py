@@ -24,10 +24,12 @@
 | ``task`` | ``TrainConfig``, ``TaskSpec`` |
 | ``faults`` | memory that is not there; errors between two steps |
 | ``directory``, ``signals`` | what is continued and kept in the run directory; being told to stop |
+| ``trial`` | the first micro-batch, tried |
 | ``predict``, ``generate`` | what a trained model says of data, and continues a text with |
 | ``plan``, ``header`` | what is decided before the first step, and how it is said |
 | ``evaluation``, ``observers``, ``halt``, ``rollback`` | what measures a run, watches it, ends it, and sends it back |
-| ``fit``, ``result`` | ``fit``, ``run``; ``FitResult`` |
+| ``loop`` | ``run``; what is done between two steps |
+| ``fit``, ``result`` | ``fit``; ``FitResult`` |
 | ``replay`` | ``replay``: a halted step, taken again |
 """
 
@@ -36,10 +38,11 @@ from trainfn.data import split
 from trainfn.diagnose import Diagnosis, diagnose
 from trainfn.engine import CompiledStep, compile
 from trainfn.evaluation import evaluate
-from trainfn.fit import fit, run
+from trainfn.fit import fit
 from trainfn.generate import generate
 from trainfn.grad import Gradients, fold, merge
 from trainfn.health import Verdict
+from trainfn.loop import run
 from trainfn.loss import LossSum
 from trainfn.optim import Transform
 from trainfn.plan import Plan, plan

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import tempfile
-import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from trainfn.errors import ConfigError, suggest
+from trainfn.errors import ConfigError, suggest, warn
 from trainfn.health import forgiven
 from trainfn.state import TrainState
 from trainfn.store import CheckpointWarning, Manifest, Retention, restore, steps
@@ -19,7 +18,8 @@ from trainfn.task.config import TrainConfig
 from trainfn.tree import evolve
 
 HARMLESS = {
-    "max_steps", "max_epochs", "eval_every", "log_every", "save_every", "save_every_minutes", "save_async",
+    "max_steps", "max_epochs", "max_seconds", "early_stopping_patience", "min_delta", "limit_eval_batches",
+    "eval_every", "log_every", "save_every", "save_every_minutes", "save_async",
     "on_save_error", "keep_last", "keep_best", "keep_every", "monitor", "mode", "out_dir", "resume", "workers",
     "health_every", "noise_scale_every", "progress", "fast_dev_run", "check_data", "stop", "cuda_graph",
     "on_divergence", "max_rollbacks", "worker_timeout",
@@ -27,7 +27,7 @@ HARMLESS = {
 """Settings that may change from one part of a run to the next without changing one bit of its states."""
 
 _UNSAID = {"resume", "out_dir", "progress", "stop", "compile", "compile_mode", "threads", "hardware"}
-_POSITION = ("seed", "batch_size", "accumulate", "shuffle", "drop_last")
+_POSITION = ("seed", "batch_size", "accumulate", "shuffle", "drop_last", "limit_train_batches", "overfit_batches")
 _BETTER: dict[Literal["max", "min"], tuple[str, ...]] = {
     "max": ("accuracy", "f1", "r2"),
     "min": ("loss", "perplexity", "error", "ece", "grad_norm"),
@@ -63,24 +63,26 @@ def check_writable(out_dir: str | os.PathLike[str] | None) -> None:
         ) from error
 
 
-def make_retention(config: TrainConfig, metrics: Iterable[str], *, evaluated: bool) -> Retention:
+def make_retention(config: TrainConfig, metrics: Iterable[str], sets: Sequence[str]) -> Retention:
     """Return which checkpoints the settings keep.
 
     Args:
         config: the settings.
         metrics: names of what is measured besides the loss.
-        evaluated: whether there is data to evaluate on.
+        sets: what the columns of each set that is evaluated on begin with: ``["val"]`` of a single one.
 
     Raises:
         ConfigError: nothing of the monitored name is measured, or ``mode="auto"`` does not know it.
 
     >>> config = TrainConfig(max_steps=1, monitor="val_accuracy", keep_best=3)
-    >>> make_retention(config, ["accuracy"], evaluated=True)
+    >>> make_retention(config, ["accuracy"], ["val"])
     Retention(last=2, best=3, monitor='val_accuracy', mode='max', every=None)
     """
-    monitor = config.monitor or ("val_loss" if evaluated else "loss")
-    measured = ["val_loss", *(f"val_{name}" for name in metrics)] if evaluated else []
-    known = ["loss", "grad_norm", *measured]
+    monitor = config.monitor or (f"{sets[0]}_loss" if sets else "loss")
+    names = ["loss", *metrics]
+    measured = [f"{prefix}_{name}" for prefix in sets for name in names]
+    noise = ["noise_scale"] if config.noise_scale_every is not None else []
+    known = ["loss", "grad_norm", "weight", "lr", "examples_per_second", "counted_per_second", *noise, *measured]
     # One metric may have several results, val_f1_cat and val_f1_dog; which, only measuring tells.
     if not any(monitor == name or (name in measured and monitor.startswith(f"{name}_")) for name in known):
         raise ConfigError("Nothing of this name is measured.", got=f"monitor={monitor!r}", hint=suggest(monitor, known))
@@ -176,4 +178,4 @@ def _warn_of_other_bits(manifest: Manifest, record: Mapping[str, Any]) -> None:
     differ = [f"{name} {then[name]} then, {now[name]} now" for name in then if then[name] not in (None, now[name])]
     if differ:
         text = f"The run goes on, but not bit for bit as it would have: {'; '.join(differ)}."
-        warnings.warn(text, CheckpointWarning, stacklevel=6)
+        warn(text, CheckpointWarning)

@@ -73,15 +73,19 @@ def evaluate(
     chosen = [metrics] if isinstance(metrics, (str, Metric)) else metrics
     strategy = (step.step if isinstance(step, CompiledStep) else step).strategy
     measured = [resolve(metric, strategy) for metric in chosen]
-    return _means(step, state, loader, measured, loader.batches_per_epoch, ema=ema)
+    return _means(step, state, loader, measured, ema=ema)
 
 
 def evaluate_plan(planned: Plan, state: TrainState) -> dict[str, float]:
-    """Return what a plan evaluates, as the columns of a row: ``val_loss`` and ``val_`` and each metric's name."""
-    assert planned.val_loader is not None
-    limit = 2 if planned.config.fast_dev_run else planned.val_loader.batches_per_epoch
-    found = _means(planned.step, state, planned.val_loader, planned.metrics, limit, ema=state.ema is not None)
-    return {f"val_{name}": value for name, value in found.items() if name != "weight"}
+    """Return what a plan evaluates, as the columns of a row: ``val_loss`` and ``val_`` and each metric's name.
+
+    Of several sets, the columns have the set's name in them: ``val_clean_loss``.
+    """
+    columns: dict[str, float] = {}
+    for prefix, loader in planned.val_loaders.items():
+        found = _means(planned.step, state, loader, planned.metrics, ema=state.ema is not None)
+        columns |= {f"{prefix}_{name}": value for name, value in found.items() if name != "weight"}
+    return columns
 
 
 def noise_columns(planned: Plan, state: TrainState, rows: Sequence[Row]) -> Row:
@@ -119,13 +123,12 @@ def _means(
     state: TrainState,
     loader: Loader,
     metrics: Sequence[Metric],
-    limit: int,
     *,
     ema: bool,
 ) -> dict[str, float]:
     sums: dict[str, Any] = {}
     params = state.ema if ema else None
-    for batch in loader.batches(0, min(limit, loader.batches_per_epoch)):
+    for batch in loader.batches(0, loader.batches_per_epoch):
         found = step.evaluate(state, to_device(batch, state.step.device), metrics=metrics, params=params)
         found["loss"] = map_leaves(wide, found["loss"])
         sums = map_leaves(torch.add, sums, found) if sums else found

@@ -31,7 +31,7 @@ def header(plan: Plan) -> list[str]:
         "trainfn": f"on torch {torch.__version__}, python {platform.python_version()}",
         "model": _describe_model(plan.model),
         "task": _describe_task(plan),
-        "data": _describe_data(plan.loader, plan.val_loader),
+        "data": _describe_data(plan),
         "device": _describe_device(plan.device),
         "step": _describe_step(plan.config, plan.loader, plan.counted),
         "optimizer": plan.optimizer.name,
@@ -40,6 +40,7 @@ def header(plan: Plan) -> list[str]:
         "health": _describe_health(plan.config),
         "compile": f"{mode}: {reason}" + ("; the first step waits for the compiler" if mode != "eager" else ""),
         "memory": _describe_memory(plan),
+        "limits": _describe_limits(plan),
         "output": _describe_output(plan.config, plan.stop, plan.retention),
         "start": _describe_start(plan),
     }
@@ -65,11 +66,34 @@ def _describe_task(plan: Plan) -> str:
     )
 
 
-def _describe_data(loader: Loader, val_loader: Loader | None) -> str:
+def _describe_data(plan: Plan) -> str:
+    loader = plan.loader
+    sizes = {name.removeprefix("val").lstrip("_"): each.examples for name, each in plan.val_loaders.items()}
+    held_out = listed([f"{size:,}{' ' * bool(name)}{name}" for name, size in sizes.items()])
+    held_out = f"; {held_out} to evaluate on" if held_out else "" if loader.endless else "; nothing to evaluate on"
     if loader.endless:
-        return "batches that a function makes" + (f"; {val_loader.examples:,} to evaluate on" if val_loader else "")
-    held_out = f"; {val_loader.examples:,} to evaluate on" if val_loader else "; nothing to evaluate on"
+        return f"batches that a function makes{held_out}"
     return f"{loader.examples:,} examples, {loader.batches_per_epoch:,} steps an epoch{held_out}"
+
+
+def _describe_limits(plan: Plan) -> str:
+    """Say what ends the run early, and what of the data is left out."""
+    config, said = plan.config, []
+    if config.max_seconds is not None:
+        said.append(f"the run ends after {config.max_seconds:g} s")
+    if config.early_stopping_patience is not None:
+        by = "epochs" if plan.patience.by_epoch else "evaluations"
+        delta = f" by more than {config.min_delta:g}" if config.min_delta else ""
+        said.append(
+            f"it ends after {config.early_stopping_patience} {by} without a better {plan.retention.monitor}{delta}"
+        )
+    if config.overfit_batches is not None:
+        said.append(f"an epoch is the first {config.overfit_batches} batches, unshuffled, which are evaluated on, too")
+    if config.limit_train_batches is not None:
+        said.append(f"an epoch ends after {config.limit_train_batches} steps")
+    if config.limit_eval_batches is not None and config.overfit_batches is None:
+        said.append(f"an evaluation is over the first {config.limit_eval_batches} batches")
+    return "; ".join(said)
 
 
 def _describe_device(device: torch.device) -> str:
@@ -138,13 +162,14 @@ def _describe_output(config: TrainConfig, stop: int, retention: Retention) -> st
 def _describe_start(plan: Plan) -> str:
     state, stop, record = plan.state, plan.stop, plan.record
     if plan.previous is None:
-        return f"step 0 of {stop}"
-    if state.cursor >= stop:
-        return f"this run is complete: step {state.cursor} of {stop}; a larger max_steps or max_epochs continues it"
+        return f"step 0{plan.of_stop}"
+    if plan.over_by is not None:
+        larger = "max_steps or max_epochs" if state.cursor >= stop else plan.over_by
+        return f"this run is complete: step {state.cursor}{plan.of_stop}; a larger {larger} continues it"
     changed = changes(plan.previous, record)
     said = "; ".join(f"{name} {change}" for name, change in changed.items())
     inexact = [name for name in changed if name not in HARMLESS]
     bits = f"; not bit for bit the run that went on ({', '.join(inexact)})" if inexact else ""
-    return f"step {state.cursor} of {stop}, resumed from {plan.resumed_from}" + (
+    return f"step {state.cursor}{plan.of_stop}, resumed from {plan.resumed_from}" + (
         f"; changed: {said}{bits}" if said else ""
     )

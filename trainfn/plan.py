@@ -3,34 +3,37 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import attrs
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from trainfn.attention import watched
-from trainfn.batch import Batch, micro_batches
+from trainfn.batch import Batch
 from trainfn.data import Loader, to_device
 from trainfn.directory import check_writable, machine, make_retention, resume
 from trainfn.engine import CompiledStep, compile
-from trainfn.errors import ConfigError, DataError, ModelError, TrainfnError
-from trainfn.faults import is_out_of_memory, memory_error
-from trainfn.loss import Loss, LossSum
+from trainfn.errors import ConfigError
+from trainfn.limits import Patience, make_patience, seconds_of, why_over
+from trainfn.loss import Loss
 from trainfn.metric import Metric, resolve
-from trainfn.optim import Transform, adamw, matrices_only, warmup_cosine
-from trainfn.precision import check_buffers, check_precision
+from trainfn.optim import Transform, adamw, matrices_only, warmup_constant, warmup_cosine
+from trainfn.precision import check_precision
 from trainfn.predict import Reader
 from trainfn.state import TrainState, init
-from trainfn.step import Step, make_step, surroundings
+from trainfn.step import make_step
 from trainfn.store import Manifest, Retention, clean, writing
 from trainfn.task import Intake, TaskSpec, TrainConfig, take_in
 from trainfn.task.config import make_config
-from trainfn.task.guard import guarding
-from trainfn.tree import batch_length, describe, named_leaves
+from trainfn.trial import first_loss
 
+WITHOUT_END = 2**62
+"""The number of steps of a run that no number of steps ends."""
+
+_LEAST_SECONDS = 600.0  # heuristic: a run that may end sooner does not earn back its compilation
 _ARGUMENTS = ("loss", "task", "val_data", "metrics", "optimizer", "collate", "observers", "on_signal")
 
 
@@ -45,7 +48,8 @@ class Plan:
         step: the step in use; it donates.
         state: where the run starts.
         loader: the training data; batch number ``state.cursor`` comes next.
-        val_loader: the evaluation data, or None.
+        val_loaders: the evaluation data, by what the columns of each set begin with: ``{"val": ...}`` for one set,
+            ``{"val_clean": ..., "val_noisy": ...}`` for several.
         metrics: what is measured on it besides the loss.
         stop: the run ends when the cursor is here.
         device: where the state is.
@@ -57,6 +61,7 @@ class Plan:
         retention: which checkpoints are kept, and what the best one is.
         reader: how data is read that is to be predicted of.
         kernels: which kernels of attention the first forward has called, and how often; see :mod:`trainfn.attention`.
+        patience: how long it has waited for a better one where it starts.
     """
 
     config: TrainConfig
@@ -65,7 +70,7 @@ class Plan:
     step: CompiledStep
     state: TrainState
     loader: Loader
-    val_loader: Loader | None
+    val_loaders: dict[str, Loader]
     metrics: tuple[Metric, ...]
     stop: int
     device: torch.device
@@ -77,6 +82,18 @@ class Plan:
     retention: Retention
     reader: Reader
     kernels: dict[str, int]
+    patience: Patience
+
+    @property
+    def of_stop(self) -> str:
+        """The words ``" of 100"`` after a number of steps; none where only the clock ends the run."""
+        return f" of {self.stop}" if self.stop < WITHOUT_END else ""
+
+    @property
+    def over_by(self) -> str | None:
+        """The setting that the run is over by where it starts; None if there are steps to take."""
+        seconds = 0.0 if self.previous is None else seconds_of(self.previous.metrics)
+        return why_over(self.config, self.patience, cursor=self.state.cursor, stop=self.stop, seconds=seconds)
 
     def to_device(self, batch: Batch) -> Batch:
         """Return the batch with its tensors on the run's device."""
@@ -143,21 +160,24 @@ def decide(
     config, loss, val_data, metrics = taken.config, taken.loss, taken.val_data, taken.metrics
     asked = config
     if config.fast_dev_run:
-        config = attrs.evolve(config, max_steps=2, out_dir=None, resume=None, compile="eager", log_every=1)
+        few: dict[str, Any] = {"max_steps": 2, "limit_eval_batches": 2, "log_every": 1}
+        config = attrs.evolve(config, **few, out_dir=None, resume=None, compile="eager")
     if optimizer is not None and not {"lr", "warmup_steps"}.isdisjoint(settings):
         raise ConfigError(
             "The learning rate is given twice.",
             got=f"optimizer={optimizer.name} and lr or warmup_steps",
             hint="leave out lr and warmup_steps: they are settings of the default optimizer",
         )
-    if config.eval_every is not None and val_data is None:
+    if config.eval_every is not None and not val_data and config.overfit_batches is None:
         raise ConfigError(
             "There is nothing to evaluate on.", got=f"eval_every={config.eval_every}", hint="pass val_data="
         )
+    if config.overfit_batches is not None:
+        val_data = {"val": (taken.data, taken.collate)}  # what is trained on
     measured = _metrics(metrics, loss, val_data)
-    retention = make_retention(config, [metric.name for metric in measured], evaluated=val_data is not None)
+    retention = make_retention(config, [metric.name for metric in measured], list(val_data))
     device = _device(config.device)
-    loader, val_loader = _loaders(config, taken, device)
+    loader, val_loaders = _loaders(config, taken, device)
     stop = _stop(config, loader)
     if optimizer is None:
         optimizer = adamw(lr=_default_schedule(asked, _stop(asked, loader)), decay=matrices_only)
@@ -178,10 +198,8 @@ def decide(
         model, optimizer, seed=config.seed, ema=config.ema is not None, precision=config.precision, device=device
     )
     check_precision(model, config.precision)
-    looked_at = {"data": loader} | ({} if val_loader is None else {"val_data": val_loader})
-    first, kernels = _first_loss(
-        step, state, to_device(loader.batch(0), device), looked_at if config.check_data else {}
-    )
+    looked_at = {"data": loader} | {name.replace("val", "val_data", 1): each for name, each in val_loaders.items()}
+    first, kernels = first_loss(step, state, to_device(loader.batch(0), device), looked_at if config.check_data else {})
     record: dict[str, Any] = {
         "config": config.to_json()
         | {"loss": taken.loss_name or _name(loss), "stop": stop}
@@ -196,7 +214,9 @@ def decide(
         held.enter_context(writing(config.out_dir))
         clean(config.out_dir)
     state, resumed_from, manifest = resume(config, state, record)
-    compiled = compile(step, mode=_mode(config, manifest), donate=True, cuda_graph=config.cuda_graph, steps=stop)
+    patience = make_patience(config, retention, {} if manifest is None else manifest.metrics, epochs=not loader.endless)
+    steps = 0 if (config.max_seconds or math.inf) < _LEAST_SECONDS else stop
+    compiled = compile(step, mode=_mode(config, manifest), donate=True, cuda_graph=config.cuda_graph, steps=steps)
     if config.cuda_graph is True:
         compiled.settle(state)  # raises where there can be none
     return Plan(
@@ -206,7 +226,7 @@ def decide(
         step=compiled,
         state=state,
         loader=loader,
-        val_loader=val_loader,
+        val_loaders=val_loaders,
         metrics=measured,
         stop=stop,
         device=device,
@@ -220,6 +240,7 @@ def decide(
         reader=Reader(
             collate=taken.ask_collate, columns=getattr(taken.data, "columns", None), batch_size=config.batch_size
         ),
+        patience=patience,
     )
 
 
@@ -234,37 +255,49 @@ def _device(name: str) -> torch.device:
         ) from error
 
 
-def _loaders(config: TrainConfig, taken: Intake, device: torch.device) -> tuple[Loader, Loader | None]:
-    pin, val_data = device.type == "cuda", taken.val_data
+def _loaders(config: TrainConfig, taken: Intake, device: torch.device) -> tuple[Loader, dict[str, Loader]]:
+    """Return what is trained on, and what is evaluated on; where the settings say so, only so many batches of it."""
+    pin, few = device.type == "cuda", config.overfit_batches
     loader = Loader(
         taken.data,
         batch_size=config.batch_size * config.accumulate,
         seed=config.seed,
-        shuffle=config.shuffle,
+        shuffle=config.shuffle and few is None,
         drop_last=config.drop_last,
         workers=config.workers,
         timeout=config.worker_timeout,
         pin=pin,
         collate=taken.collate,
     )
-    if val_data is None:
-        return loader, None
-    return loader, Loader(
-        val_data,
-        batch_size=config.batch_size,
-        shuffle=False,
-        workers=config.workers,
-        timeout=config.worker_timeout,
-        pin=pin,
-        collate=taken.val_collate,
-    )
+    loader.batches_per_epoch = min(loader.batches_per_epoch, few or config.limit_train_batches or WITHOUT_END)
+
+    def evaluated(data: Any, collate: Any, limit: int | None) -> Loader:
+        found = Loader(
+            data,
+            batch_size=config.batch_size,
+            shuffle=False,
+            workers=config.workers,
+            timeout=config.worker_timeout,
+            pin=pin,
+            collate=collate,
+        )
+        found.batches_per_epoch = min(found.batches_per_epoch, limit or WITHOUT_END)
+        return found
+
+    if few is not None:
+        parts = 1 if loader.endless else config.accumulate
+        return loader, {"val": evaluated(taken.data, taken.collate, few * parts)}
+    limit = config.limit_eval_batches
+    return loader, {name: evaluated(*each, limit) for name, each in taken.val_data.items()}
 
 
 def _stop(config: TrainConfig, loader: Loader) -> int:
-    return min(config.max_steps or 2**62, (config.max_epochs or 2**62) * loader.batches_per_epoch)
+    return min(config.max_steps or WITHOUT_END, (config.max_epochs or WITHOUT_END) * loader.batches_per_epoch)
 
 
 def _default_schedule(config: TrainConfig, stop: int) -> Any:
+    if stop >= WITHOUT_END:
+        return warmup_constant(config.lr, warmup=100 if config.warmup_steps is None else config.warmup_steps)
     warmup = min(100, stop // 20) if config.warmup_steps is None else config.warmup_steps
     if warmup >= stop:
         raise ConfigError(
@@ -277,65 +310,13 @@ def _default_schedule(config: TrainConfig, stop: int) -> Any:
 
 def _metrics(metrics: Sequence[str | Metric], loss: str | Loss, val_data: object) -> tuple[Metric, ...]:
     chosen = [metrics] if isinstance(metrics, (str, Metric)) else list(metrics)
-    if chosen and val_data is None:
+    if chosen and not val_data:
         raise ConfigError("There are metrics, and no data to measure them on.", hint="pass val_data=")
     found = tuple(resolve(metric, loss) for metric in chosen)
     names = [metric.name for metric in found]
     if len({"loss", *names}) <= len(names):
         raise ConfigError("Metrics need names of their own.", expected="each one once, none called loss", got=names)
     return found
-
-
-def _first_loss(
-    step: Step, state: TrainState, batch: Batch, loaders: dict[str, Loader]
-) -> tuple[LossSum, dict[str, int]]:
-    """Run the first micro-batch through model and loss, so that what does not fit is found before any work is done.
-
-    Returns:
-        The loss, and the kernels of attention that were called.
-    """
-    batch_length(batch)
-    part = micro_batches(batch, step.accumulate)[0]
-    buffers: dict[str, Tensor] = {}
-    where = f"{type(step.model).__name__}, a micro-batch of {describe(part)}"
-
-    def forward() -> LossSum:
-        buffers.update({name: buffer.clone() for name, buffer in state.buffers.items()})
-        return step.loss(state.params, buffers, part)
-
-    try:
-        with (
-            surroundings(step.model, state, training=True),
-            torch.no_grad(),
-            guarding(step.model, step.strategy, part, loaders),
-        ):
-            found = watched(forward, step.attention, where)
-    except (TrainfnError, Warning):
-        raise
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise memory_error(error, "the plan", part, batch_length(part), step.accumulate) from error
-        text = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        kind = DataError if isinstance(error, IndexError) else ModelError
-        raise kind(
-            "The first batch does not go through the model and the loss.",
-            where=where,
-            got=f"{type(error).__name__}: {text}",
-            hint=_remedy(text, part),
-        ) from error
-    check_buffers(step.model, state.buffers, buffers, step.precision)
-    return found
-
-
-def _remedy(text: str, part: Batch) -> str:
-    if "dtype" not in text and "scalar type" not in text:
-        return "compare the shapes, and the ids and labels with the model's sizes; the cause is shown above"
-    if any(isinstance(leaf, Tensor) and leaf.dtype == torch.float64 for _, leaf in named_leaves(part)):
-        return 'the data is float64, as NumPy makes it, and the model is not: x.astype("float32"), x.float()'
-    return (
-        "make tensors of the model's own in the dtype of what they meet (dtype=x.dtype), or use precision="
-        '"32-true"; the cause is shown above'
-    )
 
 
 def _mode(config: TrainConfig, manifest: Manifest | None) -> Any:

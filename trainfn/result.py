@@ -20,6 +20,9 @@ from trainfn.store import Retention, cursor_of, steps
 Row = dict[str, Any]
 """One row of the history: ``step``, ``epoch``, ``loss``, ``grad_norm``, ``lr``, ... and ``val_loss`` when evaluated."""
 
+CLOCK = ("seconds", "examples_per_second", "counted_per_second")
+"""The columns that no two runs agree in. All others of a run that was cut are those of the run that was not."""
+
 
 @attrs.frozen(kw_only=True, eq=False)
 class FitResult:
@@ -28,19 +31,26 @@ class FitResult:
     Attributes:
         state: the last state.
         history: rows by step; see :data:`trainfn.result.Row`.
+        epochs: a row for each epoch: ``loss`` (over all of its steps), ``grad_norm_mean``, ``_max`` and ``_min``,
+            ``steps``, ``examples``, what was evaluated at its end, ... In ``history.jsonl`` they are among the others,
+            with ``"kind": "epoch"``.
         best: the row with the best of what is monitored (the lowest ``val_loss``, or ``loss`` without evaluation data),
             or None if there is no such row.
         checkpoint: the directory of the last checkpoint, or None without ``out_dir``.
         best_checkpoint: the directory of the checkpoint that was saved at ``best``, or None if there is none.
         seconds: wall time of this call.
+        ended_by: why it ended: ``"max_steps"``, ``"max_epochs"``, ``"max_seconds"``, ``"early_stopping_patience"``, or
+            the name of a signal.
     """
 
     state: TrainState
     history: list[Row]
+    epochs: list[Row]
     best: Row | None
     checkpoint: Path | None
     best_checkpoint: Path | None
     seconds: float
+    ended_by: str
     _step: Step = attrs.field(alias="_step", repr=False)
     _reader: Reader = attrs.field(alias="_reader", repr=False)
 

@@ -22,13 +22,12 @@ References:
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import attrs
 
-from trainfn.errors import CheckpointError
+from trainfn.errors import CheckpointError, warn
 from trainfn.health import HealthWarning, forgiven
 from trainfn.plan import Plan
 from trainfn.state import TrainState
@@ -44,12 +43,14 @@ class Rollback:
 
     Attributes:
         windows: (c, k) of each time, in those parts of the run, too, that came before a resume.
+        metrics: what the checkpoint says that it went back to last.
     """
 
     def __init__(self, planned: Plan) -> None:
         self._config = planned.config
         before = [] if planned.previous is None else planned.previous.config.get(RECORD, [])
         self.windows: list[tuple[int, int]] = [(begin, end) for begin, end in before]
+        self.metrics: dict[str, Any] = {}
 
     @property
     def wanted(self) -> bool:
@@ -80,11 +81,12 @@ class Rollback:
             except CheckpointError:
                 continue  # an older one will do
             self.windows.append((manifest.cursor, state.cursor))
+            self.metrics = dict(manifest.metrics)
             text = (
                 f"The run has diverged, and goes on from {step}, without batches {manifest.cursor} to "
                 f"{state.cursor - 1}: rollback {len(self.windows)} of {self._config.max_rollbacks}."
             )
-            warnings.warn(text, HealthWarning, stacklevel=4)  # where fit was called
+            warn(text, HealthWarning)
             return evolve(found, cursor=state.cursor, health=forgiven(found.health))
         return None
 

@@ -36,6 +36,7 @@ def check(case: Case, folder: Path) -> None:
     last = parts[-1]
     assert last["digest"] == whole["digest"]
     assert numbers(last["rows"], case) == numbers(whole["rows"], case)
+    assert repr(last["epochs"]) == repr(whole["epochs"])
     for name in ("order", "losses"):
         assert [entry for part in parts for entry in part[name]] == whole[name]
 
@@ -113,6 +114,7 @@ def test_a_fresh_process_for_every_part(seed: int, tmp_path: Path) -> None:
     last = in_a_process(seed, case.stop, tmp_path / "cut")
     assert last["digest"] == whole["digest"]
     assert numbers(last["rows"], case) == numbers(whole["rows"], case)
+    assert repr(last["epochs"]) == repr(whole["epochs"])
     for name in ("order", "losses"):
         if seed >= 30:
             assert [entry for part in (*parts, last) for entry in part[name]] == whole[name]

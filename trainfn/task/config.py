@@ -15,6 +15,11 @@ from trainfn.precision import POLICIES
 
 _OTHER_NAMES = {  # what Lightning, Hugging Face and Keras call our settings: answered, never accepted in silence
     "accumulate_grad_batches": "accumulate",
+    "max_time": "max_seconds",
+    "patience": "early_stopping_patience",
+    "early_stopping_min_delta": "min_delta",
+    "early_stopping_threshold": "min_delta",
+    "limit_val_batches": "limit_eval_batches",
     "gradient_accumulation_steps": "accumulate",
     "epochs": "max_epochs",
     "num_train_epochs": "max_epochs",
@@ -95,6 +100,15 @@ class TrainConfig:
     Attributes:
         max_steps: stop after this many steps in all, those before a resume included.
         max_epochs: stop after this many passes over the data; whichever limit comes first.
+        max_seconds: stop between two steps once the run has taken this long, the parts before a resume included. What
+            is due at the end comes on top. Alone, it leaves the learning rate constant after the warm-up.
+        early_stopping_patience: stop after this many evaluations in a row without a new best ``monitor``; epochs by
+            their ``loss``, where nothing is evaluated. See :mod:`trainfn.limits`.
+        min_delta: by how much a new best has to be better for that.
+        overfit_batches: train on the first so many steps' batches, over and over in the same order, and evaluate on
+            their examples: a model and a loss that can learn at all bring the loss near 0.
+        limit_train_batches: end an epoch after this many steps, with the next order.
+        limit_eval_batches: evaluate on the first so many batches of ``batch_size`` only.
         batch_size: examples in a micro-batch.
         accumulate: micro-batches in a step; a step sees ``batch_size * accumulate`` examples.
         lr: peak learning rate of the default optimizer: AdamW, warm-up, then a cosine to 0.
@@ -149,6 +163,12 @@ class TrainConfig:
 
     max_steps: int | None = _setting(None, "an int >= 1", _at_least(1), optional=True)
     max_epochs: int | None = _setting(None, "an int >= 1", _at_least(1), optional=True)
+    max_seconds: float | None = _setting(None, "a number > 0", _positive, optional=True)
+    early_stopping_patience: int | None = _setting(None, "an int >= 1", _at_least(1), optional=True)
+    min_delta: float = _setting(0.0, "a number >= 0", _at_least(0.0, (int, float)))
+    overfit_batches: int | None = _setting(None, "an int >= 1", _at_least(1), optional=True)
+    limit_train_batches: int | None = _setting(None, "an int >= 1", _at_least(1), optional=True)
+    limit_eval_batches: int | None = _setting(None, "an int >= 1", _at_least(1), optional=True)
     batch_size: int = _setting(32, "an int >= 1", _at_least(1))
     accumulate: int = _setting(1, "an int >= 1", _at_least(1))
     lr: float = _setting(1e-3, "a number > 0", _positive)
@@ -199,8 +219,12 @@ class TrainConfig:
             for field in attrs.fields(type(self))
             if not field.metadata["fits"](getattr(self, field.name))
         ]
-        if self.max_steps is None and self.max_epochs is None:
-            wrong.append("max_steps and max_epochs both missing: say how long to train")
+        if self.max_steps is None and self.max_epochs is None and self.max_seconds is None:
+            wrong.append("max_steps, max_epochs and max_seconds all missing: say how long to train")
+        if self.min_delta and self.early_stopping_patience is None:
+            wrong.append("min_delta without early_stopping_patience: nothing is compared with it")
+        if self.overfit_batches is not None and self.limit_train_batches is not None:
+            wrong.append("overfit_batches and limit_train_batches: both say which batches to train on")
         if self.resume == "auto" and self.out_dir is None:
             wrong.append('resume="auto" without out_dir: there is nowhere to look')
         if self.on_divergence == "rollback" and self.out_dir is None and not self.fast_dev_run:
