@@ -68,6 +68,12 @@ class Flat(nn.Module):
         return out
 
 
+class Attending(Flat):
+    def forward(self, x: Tensor) -> Tensor:
+        heads = x[:, None, :, None]  # (B, 1, 4, 1)
+        return super().forward(nn.functional.scaled_dot_product_attention(heads, heads, heads))
+
+
 class Words(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -150,6 +156,7 @@ SETTINGS: dict[str, Change] = {
     "compile": Change("graph", "header", LATER),
     "cuda_graph": Change(True, IF_CUDA, LATER | {"device": "auto"}),
     "checkpoint": Change("layer", "header"),
+    "attention": Change("math", "header", {"model": Attending}),
     "halt_after": Change(2, "rows", NUMB),
     "on_divergence": Change("rollback", "error", {"data": bad(0), "check_data": False, "halt_after": 1}),
     "max_rollbacks": Change(1, "rows", NUMB | BACK),

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import attrs
 
+from trainfn.attention import Attention
 from trainfn.errors import ConfigError
 from trainfn.precision import POLICIES
 from trainfn.task.difference import ConfigDiff, compare
@@ -86,6 +87,8 @@ class TrainConfig(Filed):
             (or it is an error); see :func:`trainfn.compile`.
         checkpoint: one or more patterns for names of modules, such as ``"blocks.*"``, whose activations are recomputed
             in the backward: less memory, more time, the same numbers; see :mod:`trainfn.recompute`.
+        attention: the kernel that ``scaled_dot_product_attention`` runs by: ``"auto"``, ``"flash"``, ``"efficient"``,
+            ``"math"`` or ``"cudnn"``; see :mod:`trainfn.attention`. The run header says which one it is.
         halt_after: stop the run after this many steps in a row with non-finite numbers.
         on_divergence: what to do where the run has to stop: ``"halt"``, or ``"rollback"`` to the last healthy
             checkpoint in ``out_dir`` and go on without the batches since; see :mod:`trainfn.rollback`.
@@ -150,6 +153,7 @@ class TrainConfig(Filed):
     checkpoint: str | tuple[str, ...] | None = setting(
         None, "a pattern for names of modules, or several", is_patterns, optional=True, convert=as_patterns
     )
+    attention: Attention = one_of(*get_args(Attention))
     halt_after: int = setting(3, "an int >= 1", at_least(1))
     on_divergence: Literal["halt", "rollback"] = one_of("halt", "rollback", bits=False)
     max_rollbacks: int = setting(3, "an int >= 1", at_least(1), bits=False)

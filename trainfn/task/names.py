@@ -8,6 +8,7 @@ from trainfn.errors import suggest
 
 SAME = {
     # Hugging Face
+    "attn_implementation": "attention",
     "data_collator": "collate",
     "data_seed": "seed",
     "dataloader_drop_last": "drop_last",

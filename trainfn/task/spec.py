@@ -190,8 +190,11 @@ class TaskSpec(Written):
             options.setdefault("ignore_index", self.ignore_index)
         return make(self.loss_in_use, **options)
 
-    def make_collator(self) -> Collator:
+    def make_collator(self, *, predicting: bool = False) -> Collator:
         """Return the collator: fields by name, then stacked, then held to the shapes.
+
+        Args:
+            predicting: items may lack the target.
 
         Raises:
             ConfigError: an option that is unknown, or missing.
@@ -209,9 +212,10 @@ class TaskSpec(Written):
             options |= {"mask_id": self.special_tokens["mask"]} if "mask" in self.special_tokens else {}
             options.setdefault("special_ids", sorted(self.special_tokens.values()))
         base = collator(name, **options)
-        chosen = partial(select, inputs=self.inputs, target=self.target) if self.inputs or self.target else base.select
-        done = base.finish
-        if self.ignore:
+        chosen, done = base.select, base.finish
+        if self.inputs or self.target:
+            chosen = partial(select, inputs=self.inputs, target=self.target, optional=predicting)
+        if self.ignore and not predicting:
             ids = tuple(self.special_tokens[role] for role in self.ignore)
             done = partial(unlearned, finishing=done, ids=ids, ignore_index=self.ignore_index)
         if self.shapes:
