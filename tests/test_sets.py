@@ -42,7 +42,7 @@ def test_any_of_them_can_be_monitored_and_the_first_is_if_none_is_named() -> Non
 
     assert monitored() == "val_clean_loss"
     assert monitored(monitor="val_noisy_accuracy", metrics=["accuracy"]) == "val_noisy_accuracy"
-    with pytest.raises(ConfigError, match="(?s)Nothing of this name.*val_loss"):
+    with pytest.raises(ConfigError, match=r"(?s)Nothing of this name.*val_loss"):
         monitored(monitor="val_loss")
     result = train(val_data=SETS, monitor="val_noisy_loss", eval_every=2)
     assert result.best == min(result.history, key=lambda row: row["val_noisy_loss"])
@@ -86,7 +86,7 @@ def test_a_dict_like_the_training_data_is_one_whatever_is_in_it() -> None:
 
 
 def test_names_have_to_be_names() -> None:
-    with pytest.raises(DataError, match="(?s)needs a name.*'a b', 3"):
+    with pytest.raises(DataError, match=r"(?s)needs a name.*'a b', 3"):
         named_sets({"a b": (X, Y), 3: (X, Y)}, (X, Y))
 
 

@@ -281,3 +281,10 @@ def test_so_many_batches_may_be_an_epoch_of_a_stream() -> None:
     assert [row["step"] for row in made.history if "val_loss" in row] == [2, 4]
     limited = fit(Numbered(), batch_size=4, val_data=Numbered(), limit_eval_batches=1)
     assert limited.history[-1]["val_loss"] != made.history[-1]["val_loss"]
+
+
+def test_a_result_predicts_over_a_stream() -> None:
+    made = fit(Numbered(), batch_size=4)
+    whole = made.predict((torch.stack([x for x, _ in Numbered()]), torch.zeros(10).long()))
+    for data in (Numbered(), iter(list(Numbered())), DataLoader(Numbered(), batch_size=3)):
+        assert torch.allclose(made.predict(data), whole)

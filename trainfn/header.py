@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from trainfn.data import Feed, Stream
-from trainfn.directory import HARMLESS, changes
+from trainfn.directory import changes
 from trainfn.errors import listed
 from trainfn.plan import Plan
 from trainfn.precision import resolve
@@ -36,6 +36,7 @@ def header(plan: Plan) -> list[str]:
         "step": _describe_step(plan.config, plan.loader, plan.counted),
         "optimizer": plan.optimizer.name,
         "precision": _describe_precision(plan.config.precision),
+        "attention": _describe_attention(plan),
         "health": _describe_health(plan.config),
         "compile": f"{mode}: {reason}" + ("; the first step waits for the compiler" if mode != "eager" else ""),
         "memory": _describe_memory(plan),
@@ -128,6 +129,13 @@ def _describe_precision(name: str) -> str:
     return f"{name}: parameters in {stored}, forward in {str(policy.compute).removeprefix('torch.')}{scale}"
 
 
+def _describe_attention(plan: Plan) -> str:
+    if not plan.kernels:
+        return ""
+    calls = ", ".join(f"{name} ({count} calls a forward)" for name, count in sorted(plan.kernels.items()))
+    return calls + (", chosen by PyTorch" if plan.config.attention == "auto" else ", as asked")
+
+
 def _describe_health(config: TrainConfig) -> str:
     spikes = {"off": "not looked for", "warn": "warned of", "skip": "skipped", "halt": "skipped, and halt the run"}
     norms = f"; gradient norm of each tensor every {config.health_every} steps" if config.health_every else ""
@@ -168,9 +176,7 @@ def _describe_start(plan: Plan) -> str:
         larger = "max_steps or max_epochs" if state.cursor >= stop else plan.over_by
         return f"this run is complete: step {state.cursor}{plan.of_stop}; a larger {larger} continues it"
     changed = changes(plan.previous, record)
-    said = "; ".join(f"{name} {change}" for name, change in changed.items())
-    inexact = [name for name in changed if name not in HARMLESS]
-    bits = f"; not bit for bit the run that went on ({', '.join(inexact)})" if inexact else ""
+    bits = f"; not bit for bit the run that went on ({', '.join(changed.inexact)})" if changed.inexact else ""
     return f"step {state.cursor}{plan.of_stop}, resumed from {plan.resumed_from}" + (
-        f"; changed: {said}{bits}" if said else ""
+        f"; changed: {changed}{bits}" if changed else ""
     )

@@ -239,10 +239,18 @@ class Loop:
             return
         try:
             if self._spoilt_by(here, self._saver.newest) is None:
-                self._recorder.rest(here)
+                if self._recorder.has_rest:
+                    self._tell_the_rest(here, error)
                 error.add_note(f"The state after step {here.cursor} is saved in {self._save_now(here)}.")
         except CheckpointError as failure:  # which must not hide why the run ends
             error.add_note(f"The state after step {here.cursor} could not be saved: {failure.what}")
+
+    def _tell_the_rest(self, here: TrainState, error: Exception) -> None:
+        row = self._recorder.row(here, {})
+        try:
+            self._observers("on_row", here, row, after=here.cursor)
+        except Exception as failure:  # maybe the one that has failed already
+            error.add_note(f"Besides, an observer failed: {type(failure).__name__}: {failure}")
 
     def _answer(self, told: signal.Signals) -> bool:
         """Tell the caller of a signal; return whether the run goes on."""
@@ -270,5 +278,6 @@ class Loop:
             best_checkpoint=checkpoint_at(self._config.out_dir, best),
             seconds=time.perf_counter() - self._began,
             ended_by=ended_by,
-            _model=self._planned.model,
+            _step=self._planned.step.step,
+            _reader=self._planned.reader,
         )

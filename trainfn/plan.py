@@ -4,38 +4,39 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import attrs
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from trainfn.batch import Batch, micro_batches
+from trainfn.batch import Batch
 from trainfn.data import Feed, make_feed, to_device
-from trainfn.directory import POSITION, check_writable, machine, make_retention, resume
+from trainfn.directory import POSITION, check_writable, machine, make_retention, resume, write_config
 from trainfn.engine import CompiledStep, compile
-from trainfn.errors import ConfigError, DataError, ModelError, TrainfnError
-from trainfn.faults import is_out_of_memory, memory_error
+from trainfn.errors import ConfigError
 from trainfn.limits import Patience, make_patience, seconds_of, why_over
-from trainfn.loss import Loss, LossSum
+from trainfn.loss import Loss
 from trainfn.metric import Metric, resolve
 from trainfn.optim import Transform, adamw, matrices_only, warmup_constant, warmup_cosine
-from trainfn.precision import check_buffers, check_precision
+from trainfn.precision import check_precision
+from trainfn.predict import Reader
 from trainfn.state import TrainState, init
-from trainfn.step import Step, make_step, surroundings
+from trainfn.step import make_step
 from trainfn.store import Manifest, Retention, clean, writing
 from trainfn.task import Intake, TaskSpec, TrainConfig, take_in
-from trainfn.task.config import make_config
-from trainfn.task.guard import guarding
-from trainfn.tree import batch_length, describe, evolve, named_leaves
+from trainfn.task.config import given_settings, make_config
+from trainfn.tree import evolve
+from trainfn.trial import first_loss
 
 WITHOUT_END = 2**62
 """The number of steps of a run that no number of steps ends."""
 
 _LEAST_SECONDS = 600.0  # heuristic: a run that may end sooner does not earn back its compilation
-_ARGUMENTS = ("loss", "task", "val_data", "metrics", "optimizer", "collate", "observers", "on_signal")
+_ARGUMENTS = ("loss", "task", "val_data", "metrics", "optimizer", "collate", "observers", "on_signal", "config")
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -60,6 +61,8 @@ class Plan:
         task: what kind of problem it is, or None if that was not said.
         record: what every checkpoint of this run says about it.
         retention: which checkpoints are kept, and what the best one is.
+        reader: how data is read that is to be predicted of.
+        kernels: which kernels of attention the first forward has called, and how often; see :mod:`trainfn.attention`.
         patience: how long it has waited for a better one where it starts.
     """
 
@@ -79,6 +82,8 @@ class Plan:
     task: TaskSpec | None
     record: dict[str, Any]
     retention: Retention
+    reader: Reader
+    kernels: dict[str, int]
     patience: Patience
 
     @property
@@ -112,6 +117,7 @@ def plan(
     metrics: Sequence[str | Metric] = (),
     optimizer: Transform | None = None,
     collate: str | Callable[[list[Any]], Batch] | None = None,
+    config: TrainConfig | str | os.PathLike[str] | None = None,
     **settings: Any,
 ) -> Plan:
     """Decide everything about a run and check what can be checked, one batch through model and loss included.
@@ -131,7 +137,7 @@ def plan(
     (6, 0)
     """
     given = (loss, task, val_data, metrics, optimizer, collate)
-    return decide(contextlib.ExitStack(), model, data, *given, locks=False, settings=settings)
+    return decide(contextlib.ExitStack(), model, data, *given, locks=False, settings=given_settings(config, settings))
 
 
 def decide(
@@ -194,6 +200,7 @@ def decide(
         on_spike=config.on_spike,
         halt_after=config.halt_after,
         checkpoint=config.checkpoint,
+        attention=config.attention,
     )
     state = init(
         model, optimizer, seed=config.seed, ema=config.ema is not None, precision=config.precision, device=device
@@ -202,7 +209,7 @@ def decide(
         state = evolve(state, lr_factor=torch.ones_like(state.report.lr))
     check_precision(model, config.precision)
     looked_at = {"data": loader} | {name.replace("val", "val_data", 1): each for name, each in val_loaders.items()}
-    first = _first_loss(step, state, to_device(loader.batch(0), device), looked_at if config.check_data else {})
+    first, kernels = first_loss(step, state, to_device(loader.batch(0), device), looked_at if config.check_data else {})
     record: dict[str, Any] = {
         "config": config.to_json()
         | {"loss": taken.loss_name or _name(loss), "stop": stop}
@@ -221,6 +228,8 @@ def decide(
     state, resumed_from, manifest = resume(config, state, record)
     if manifest is not None and state.cursor < stop:
         loader.seek(state.cursor, manifest.config.get(POSITION, {}))
+    if config.out_dir is not None and locks:
+        write_config(config)
     patience = make_patience(config, retention, {} if manifest is None else manifest.metrics, epochs=not loader.endless)
     steps = 0 if (config.max_seconds or math.inf) < _LEAST_SECONDS else stop
     compiled = compile(step, mode=_mode(config, manifest), donate=True, cuda_graph=config.cuda_graph, steps=steps)
@@ -243,6 +252,10 @@ def decide(
         task=taken.task,
         record=record,
         retention=retention,
+        kernels=kernels,
+        reader=Reader(
+            collate=taken.ask_collate, columns=getattr(taken.data, "columns", None), batch_size=config.batch_size
+        ),
         patience=patience,
     )
 
@@ -322,46 +335,6 @@ def _metrics(metrics: Sequence[str | Metric], loss: str | Loss, val_data: object
     if len({"loss", *names}) <= len(names):
         raise ConfigError("Metrics need names of their own.", expected="each one once, none called loss", got=names)
     return found
-
-
-def _first_loss(step: Step, state: TrainState, batch: Batch, loaders: dict[str, Feed]) -> LossSum:
-    """Run the first micro-batch through model and loss, so that what does not fit is found before any work is done."""
-    batch_length(batch)
-    part = micro_batches(batch, step.accumulate)[0]
-    buffers = {name: buffer.clone() for name, buffer in state.buffers.items()}
-    try:
-        with (
-            surroundings(step.model, state, training=True),
-            torch.no_grad(),
-            guarding(step.model, step.strategy, part, loaders),
-        ):
-            found = step.loss(state.params, buffers, part)
-    except (TrainfnError, Warning):
-        raise
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise memory_error(error, "the plan", part, batch_length(part), step.accumulate) from error
-        text = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        kind = DataError if isinstance(error, IndexError) else ModelError
-        raise kind(
-            "The first batch does not go through the model and the loss.",
-            where=f"{type(step.model).__name__}, a micro-batch of {describe(part)}",
-            got=f"{type(error).__name__}: {text}",
-            hint=_remedy(text, part),
-        ) from error
-    check_buffers(step.model, state.buffers, buffers, step.precision)
-    return found
-
-
-def _remedy(text: str, part: Batch) -> str:
-    if "dtype" not in text and "scalar type" not in text:
-        return "compare the shapes, and the ids and labels with the model's sizes; the cause is shown above"
-    if any(isinstance(leaf, Tensor) and leaf.dtype == torch.float64 for _, leaf in named_leaves(part)):
-        return 'the data is float64, as NumPy makes it, and the model is not: x.astype("float32"), x.float()'
-    return (
-        "make tensors of the model's own in the dtype of what they meet (dtype=x.dtype), or use precision="
-        '"32-true"; the cause is shown above'
-    )
 
 
 def _mode(config: TrainConfig, manifest: Manifest | None) -> Any:

@@ -137,10 +137,10 @@ class Recorder:
         self._append(row)
         return row
 
-    def rest(self, state: TrainState) -> None:
-        """Write a row of the steps since the last one, if there are any."""
-        if self._reports:
-            self.row(state, {})
+    @property
+    def has_rest(self) -> bool:
+        """Whether there are steps since the last row."""
+        return bool(self._reports)
 
     def start_lap(self) -> None:
         """Let the time since the last reading count for nothing: it was not spent on steps."""
