@@ -22,7 +22,7 @@ HARMLESS = {
     "eval_every", "log_every", "save_every", "save_every_minutes", "save_async",
     "on_save_error", "keep_last", "keep_best", "keep_every", "monitor", "mode", "out_dir", "resume", "workers",
     "health_every", "noise_scale_every", "progress", "fast_dev_run", "check_data", "stop", "cuda_graph",
-    "on_divergence", "max_rollbacks", "worker_timeout",
+    "on_divergence", "max_rollbacks", "worker_timeout", "peak_flops",
 }  # fmt: skip
 """Settings that may change from one part of a run to the next without changing one bit of its states."""
 

@@ -18,6 +18,7 @@ from trainfn.directory import check_writable, machine, make_retention, resume
 from trainfn.engine import CompiledStep, compile
 from trainfn.errors import ConfigError, DataError, ModelError, TrainfnError
 from trainfn.faults import is_out_of_memory, memory_error
+from trainfn.flops import Roofline, make_roofline
 from trainfn.limits import Patience, make_patience, seconds_of, why_over
 from trainfn.loss import Loss, LossSum
 from trainfn.metric import Metric, resolve
@@ -61,6 +62,7 @@ class Plan:
         record: what every checkpoint of this run says about it.
         retention: which checkpoints are kept, and what the best one is.
         patience: how long it has waited for a better one where it starts.
+        roofline: what a step has to do, against what the device can do; None if that is not known.
     """
 
     config: TrainConfig
@@ -80,6 +82,7 @@ class Plan:
     record: dict[str, Any]
     retention: Retention
     patience: Patience
+    roofline: Roofline | None
 
     @property
     def of_stop(self) -> str:
@@ -195,7 +198,8 @@ def decide(
     )
     check_precision(model, config.precision)
     looked_at = {"data": loader} | {name.replace("val", "val_data", 1): each for name, each in val_loaders.items()}
-    first = _first_loss(step, state, to_device(loader.batch(0), device), looked_at if config.check_data else {})
+    batch = to_device(loader.batch(0), device)
+    first = _first_loss(step, state, batch, looked_at if config.check_data else {})
     record: dict[str, Any] = {
         "config": config.to_json()
         | {"loss": taken.loss_name or _name(loss), "stop": stop}
@@ -233,6 +237,7 @@ def decide(
         record=record,
         retention=retention,
         patience=patience,
+        roofline=make_roofline(step, state, batch, config.peak_flops),
     )
 
 

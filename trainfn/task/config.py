@@ -153,6 +153,8 @@ class TrainConfig:
             explode (above 10) or are dead (0); never if None.
         noise_scale_every: steps between estimates of the gradient noise scale, in examples, each of which costs a
             gradient per example of one micro-batch; never if None. See :mod:`trainfn.per_sample`.
+        peak_flops: operations a second that the device can do at most in this precision: the history then has the share
+            of it that is used, as ``mfu``. Known for some GPUs; to count a step's operations takes a micro-batch.
         progress: show the run header and a progress bar, or plain lines where there is no terminal.
         fast_dev_run: two eager steps, two evaluation batches, nothing written: does it run at all?
     """
@@ -205,6 +207,7 @@ class TrainConfig:
     on_spike: Literal["off", "warn", "skip", "halt"] = _one_of("warn", "off", "skip", "halt")
     health_every: int | None = _setting(100, "an int >= 1", _at_least(1), optional=True)
     noise_scale_every: int | None = _setting(None, "an int >= 1", _at_least(1), optional=True)
+    peak_flops: float | None = _setting(None, "a number > 0", _positive, optional=True)
     progress: bool = _setting(True, "a bool", _is_bool)
     fast_dev_run: bool = _setting(False, "a bool", _is_bool)
 
