@@ -10,6 +10,7 @@
 | ``loss`` | ``LossSum``, the strategies, the registry |
 | ``optim`` | ``Transform`` pairs, clipping, schedules |
 | ``forward`` | how a batch meets a model's forward |
+| ``attention`` | which kernel attention runs by |
 | ``grad`` | gradients as a monoid: ``gradients``, ``merge``, ``fold`` |
 | ``health`` | ``Verdict``: whether a step may be applied |
 | ``update`` | ``Update``: where sums are divided and anything changes |
@@ -23,6 +24,8 @@
 | ``task`` | ``TrainConfig``, ``TaskSpec`` |
 | ``faults`` | memory that is not there; errors between two steps |
 | ``directory``, ``signals`` | what is continued and kept in the run directory; being told to stop |
+| ``trial`` | the first micro-batch, tried |
+| ``predict``, ``generate`` | what a trained model says of data, and continues a text with |
 | ``plan``, ``header`` | what is decided before the first step, and how it is said |
 | ``evaluation``, ``observers``, ``halt``, ``rollback`` | what measures a run, watches it, ends it, and sends it back |
 | ``loop`` | ``run``; what is done between two steps |
@@ -36,12 +39,14 @@ from trainfn.diagnose import Diagnosis, diagnose
 from trainfn.engine import CompiledStep, compile
 from trainfn.evaluation import evaluate
 from trainfn.fit import fit
+from trainfn.generate import generate
 from trainfn.grad import Gradients, fold, merge
 from trainfn.health import Verdict
 from trainfn.loop import run
 from trainfn.loss import LossSum
 from trainfn.optim import Transform
 from trainfn.plan import Plan, plan
+from trainfn.predict import predict
 from trainfn.profiling import Profile, profile
 from trainfn.replay import replay
 from trainfn.result import FitResult
@@ -78,6 +83,7 @@ __all__ = [
     "evaluate",
     "fit",
     "fold",
+    "generate",
     "init",
     "inspect",
     "load",
@@ -89,6 +95,7 @@ __all__ = [
     "optim",
     "per_sample",
     "plan",
+    "predict",
     "profile",
     "replay",
     "run",

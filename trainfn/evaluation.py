@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from trainfn.attention import attending
 from trainfn.batch import Batch, micro_batches
 from trainfn.data import Loader, to_device
 from trainfn.data.forms import read_data_loader
@@ -113,7 +114,7 @@ _SUMS = ("trace", "squared_norm", "weight")
 
 def _noise(step: Step, state: TrainState, batch: Batch) -> NoiseScale:
     part = micro_batches(batch, step.accumulate)[0]
-    with surroundings(step.model, state, training=True):
+    with attending(step.attention), surroundings(step.model, state, training=True):
         return noise_scale(step.loss, state.params, state.buffers, part, chunk_size=8)
 
 

@@ -36,6 +36,7 @@ def header(plan: Plan) -> list[str]:
         "step": _describe_step(plan.config, plan.loader, plan.counted),
         "optimizer": plan.optimizer.name,
         "precision": _describe_precision(plan.config.precision),
+        "attention": _describe_attention(plan),
         "health": _describe_health(plan.config),
         "compile": f"{mode}: {reason}" + ("; the first step waits for the compiler" if mode != "eager" else ""),
         "memory": _describe_memory(plan),
@@ -120,6 +121,13 @@ def _describe_precision(name: str) -> str:
     stored = str(policy.stored or "the model's dtype").removeprefix("torch.")
     scale = "; dynamic loss scale" if policy.scaled else ""
     return f"{name}: parameters in {stored}, forward in {str(policy.compute).removeprefix('torch.')}{scale}"
+
+
+def _describe_attention(plan: Plan) -> str:
+    if not plan.kernels:
+        return ""
+    calls = ", ".join(f"{name} ({count} calls a forward)" for name, count in sorted(plan.kernels.items()))
+    return calls + (", chosen by PyTorch" if plan.config.attention == "auto" else ", as asked")
 
 
 def _describe_health(config: TrainConfig) -> str:

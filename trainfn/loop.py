@@ -276,5 +276,6 @@ class Loop:
             best_checkpoint=checkpoint_at(self._config.out_dir, best),
             seconds=time.perf_counter() - self._began,
             ended_by=ended_by,
-            _model=self._planned.model,
+            _step=self._planned.step.step,
+            _reader=self._planned.reader,
         )

@@ -10,27 +10,26 @@ from typing import Any
 
 import attrs
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from trainfn.batch import Batch, micro_batches
+from trainfn.batch import Batch
 from trainfn.data import Loader, to_device
 from trainfn.directory import check_writable, machine, make_retention, resume
 from trainfn.engine import CompiledStep, compile
-from trainfn.errors import ConfigError, DataError, ModelError, TrainfnError
-from trainfn.faults import is_out_of_memory, memory_error
+from trainfn.errors import ConfigError
 from trainfn.flops import Roofline, make_roofline
 from trainfn.limits import Patience, make_patience, seconds_of, why_over
-from trainfn.loss import Loss, LossSum
+from trainfn.loss import Loss
 from trainfn.metric import Metric, resolve
 from trainfn.optim import Transform, adamw, matrices_only, warmup_constant, warmup_cosine
-from trainfn.precision import check_buffers, check_precision
+from trainfn.precision import check_precision
+from trainfn.predict import Reader
 from trainfn.state import TrainState, init
-from trainfn.step import Step, make_step, surroundings
+from trainfn.step import make_step
 from trainfn.store import Manifest, Retention, clean, writing
 from trainfn.task import Intake, TaskSpec, TrainConfig, take_in
 from trainfn.task.config import make_config
-from trainfn.task.guard import guarding
-from trainfn.tree import batch_length, describe, named_leaves
+from trainfn.trial import first_loss
 
 WITHOUT_END = 2**62
 """The number of steps of a run that no number of steps ends."""
@@ -61,6 +60,8 @@ class Plan:
         task: what kind of problem it is, or None if that was not said.
         record: what every checkpoint of this run says about it.
         retention: which checkpoints are kept, and what the best one is.
+        reader: how data is read that is to be predicted of.
+        kernels: which kernels of attention the first forward has called, and how often; see :mod:`trainfn.attention`.
         patience: how long it has waited for a better one where it starts.
         roofline: what a step has to do, against what the device can do; None if that is not known.
     """
@@ -81,6 +82,8 @@ class Plan:
     task: TaskSpec | None
     record: dict[str, Any]
     retention: Retention
+    reader: Reader
+    kernels: dict[str, int]
     patience: Patience
     roofline: Roofline | None
 
@@ -192,6 +195,7 @@ def decide(
         on_spike=config.on_spike,
         halt_after=config.halt_after,
         checkpoint=config.checkpoint,
+        attention=config.attention,
     )
     state = init(
         model, optimizer, seed=config.seed, ema=config.ema is not None, precision=config.precision, device=device
@@ -199,7 +203,7 @@ def decide(
     check_precision(model, config.precision)
     looked_at = {"data": loader} | {name.replace("val", "val_data", 1): each for name, each in val_loaders.items()}
     batch = to_device(loader.batch(0), device)
-    first = _first_loss(step, state, batch, looked_at if config.check_data else {})
+    first, kernels = first_loss(step, state, batch, looked_at if config.check_data else {})
     record: dict[str, Any] = {
         "config": config.to_json()
         | {"loss": taken.loss_name or _name(loss), "stop": stop}
@@ -236,6 +240,10 @@ def decide(
         task=taken.task,
         record=record,
         retention=retention,
+        kernels=kernels,
+        reader=Reader(
+            collate=taken.ask_collate, columns=getattr(taken.data, "columns", None), batch_size=config.batch_size
+        ),
         patience=patience,
         roofline=make_roofline(step, state, batch, config.peak_flops),
     )
@@ -314,46 +322,6 @@ def _metrics(metrics: Sequence[str | Metric], loss: str | Loss, val_data: object
     if len({"loss", *names}) <= len(names):
         raise ConfigError("Metrics need names of their own.", expected="each one once, none called loss", got=names)
     return found
-
-
-def _first_loss(step: Step, state: TrainState, batch: Batch, loaders: dict[str, Loader]) -> LossSum:
-    """Run the first micro-batch through model and loss, so that what does not fit is found before any work is done."""
-    batch_length(batch)
-    part = micro_batches(batch, step.accumulate)[0]
-    buffers = {name: buffer.clone() for name, buffer in state.buffers.items()}
-    try:
-        with (
-            surroundings(step.model, state, training=True),
-            torch.no_grad(),
-            guarding(step.model, step.strategy, part, loaders),
-        ):
-            found = step.loss(state.params, buffers, part)
-    except (TrainfnError, Warning):
-        raise
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise memory_error(error, "the plan", part, batch_length(part), step.accumulate) from error
-        text = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        kind = DataError if isinstance(error, IndexError) else ModelError
-        raise kind(
-            "The first batch does not go through the model and the loss.",
-            where=f"{type(step.model).__name__}, a micro-batch of {describe(part)}",
-            got=f"{type(error).__name__}: {text}",
-            hint=_remedy(text, part),
-        ) from error
-    check_buffers(step.model, state.buffers, buffers, step.precision)
-    return found
-
-
-def _remedy(text: str, part: Batch) -> str:
-    if "dtype" not in text and "scalar type" not in text:
-        return "compare the shapes, and the ids and labels with the model's sizes; the cause is shown above"
-    if any(isinstance(leaf, Tensor) and leaf.dtype == torch.float64 for _, leaf in named_leaves(part)):
-        return 'the data is float64, as NumPy makes it, and the model is not: x.astype("float32"), x.float()'
-    return (
-        "make tensors of the model's own in the dtype of what they meet (dtype=x.dtype), or use precision="
-        '"32-true"; the cause is shown above'
-    )
 
 
 def _mode(config: TrainConfig, manifest: Manifest | None) -> Any:

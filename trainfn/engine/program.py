@@ -61,14 +61,18 @@ def make_program(mode: ProgramMode, step: Step, layout: Layout, form: Packed, ba
 
 
 @contextmanager
-def compiling() -> Iterator[None]:
+def compiling(attention: str = "auto") -> Iterator[None]:
     """Set what the compiler needs to differentiate inside a program, and where programs are kept.
 
-    Only calls that compile need it.
+    Only calls that compile need it. Programs with another kernel of attention are kept apart: PyTorch's key to what it
+    keeps does not hold the choice (2.13), and the first one compiled would be all that ever ran.
     """
     from torch._dynamo import config
+    from torch.compiler import config as kept
 
-    with kept_programs(), config.patch(trace_autograd_ops=True, recompile_limit=MOST_PROGRAMS):
+    tag = kept.cache_key_tag if attention == "auto" else f"{kept.cache_key_tag} attention={attention}"
+    differentiating = config.patch(trace_autograd_ops=True, recompile_limit=MOST_PROGRAMS)
+    with kept_programs(), differentiating, kept.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
         yield
 
 

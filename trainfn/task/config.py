@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import attrs
 
+from trainfn.attention import Attention
 from trainfn.errors import ConfigError, suggest
 from trainfn.precision import POLICIES
 
@@ -47,6 +48,7 @@ _OTHER_NAMES = {  # what Lightning, Hugging Face and Keras call our settings: an
     "callbacks": "observers",
     "compute_metrics": "metrics",
     "mixed_precision": "precision",
+    "attn_implementation": "attention",
     "gradient_checkpointing": "checkpoint",
     "activation_checkpointing": "checkpoint",
     "bf16": 'precision="bf16-mixed"',
@@ -143,6 +145,8 @@ class TrainConfig:
             (or it is an error); see :func:`trainfn.compile`.
         checkpoint: one or more patterns for names of modules, such as ``"blocks.*"``, whose activations are recomputed
             in the backward: less memory, more time, the same numbers; see :mod:`trainfn.recompute`.
+        attention: the kernel that ``scaled_dot_product_attention`` runs by: ``"auto"``, ``"flash"``, ``"efficient"``,
+            ``"math"`` or ``"cudnn"``; see :mod:`trainfn.attention`. The run header says which one it is.
         halt_after: stop the run after this many steps in a row with non-finite numbers.
         on_divergence: what to do where the run has to stop: ``"halt"``, or ``"rollback"`` to the last healthy
             checkpoint in ``out_dir`` and go on without the batches since; see :mod:`trainfn.rollback`.
@@ -201,6 +205,7 @@ class TrainConfig:
     checkpoint: str | Sequence[str] | None = _setting(
         None, "a pattern for names of modules, or several", _is_patterns, optional=True
     )
+    attention: Attention = _one_of(*get_args(Attention))
     halt_after: int = _setting(3, "an int >= 1", _at_least(1))
     on_divergence: Literal["halt", "rollback"] = _one_of("halt", "rollback")
     max_rollbacks: int = _setting(3, "an int >= 1", _at_least(1))

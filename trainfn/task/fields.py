@@ -13,13 +13,14 @@ from trainfn.errors import DataError, suggest
 from trainfn.tree import describe
 
 
-def select(item: Any, *, inputs: dict[str, str], target: str | None) -> Any:
+def select(item: Any, *, inputs: dict[str, str], target: str | None, optional: bool = False) -> Any:
     """Return an item, or a batch, as a dict of the named fields under the model's names, and the target as ``labels``.
 
     Args:
         item: a dict; or a tuple, whose parts are given the names in order, the last one being the target.
         inputs: fields and the names that the model has for them; all but the target if empty.
         target: field to predict; the one that is called like one if None.
+        optional: whether an item may lack it.
 
     Raises:
         DataError: the item has no such field.
@@ -28,6 +29,7 @@ def select(item: Any, *, inputs: dict[str, str], target: str | None) -> Any:
     {'x': 1, 'labels': 2}
     """
     if isinstance(item, Mapping):
+        target = None if optional and target not in item else target
         missing = [name for name in (*inputs, *([target] if target else [])) if name not in item]
         if missing:
             raise DataError(

@@ -27,6 +27,7 @@ class Intake:
     Attributes:
         config: the settings, with those of a ``DataLoader`` filled in.
         data: what is trained on, and ``collate`` what its items are collated with; None stacks.
+        ask_collate: what data is collated with that is to be predicted of, and may lack the target.
         val_data: the sets that are evaluated on, by what their columns begin with: data, and what collates it.
         loss: the loss, by name or as a function.
         loss_name: what it is called, None if it has no name.
@@ -37,6 +38,7 @@ class Intake:
     config: TrainConfig
     data: Any
     collate: Collate | None
+    ask_collate: Collate | None
     val_data: dict[str, tuple[Any, Collate | None]]
     loss: str | Loss
     loss_name: str | None
@@ -88,6 +90,7 @@ def take_in(
     if is_function(data):
         _check_function(config, given)
     usual = None if spec_for_data is None else spec_for_data.make_collator()
+    asking = None if spec_for_data is None else spec_for_data.make_collator(predicting=True)
     evaluated = {name: _evaluated(each, collate) for name, each in sets.items()}
     loss_name = loss if isinstance(loss, str) else None
     if loss is None:
@@ -99,6 +102,7 @@ def take_in(
         config=config,
         data=data,
         collate=choose_collator(by_hand, usual),
+        ask_collate=choose_collator(by_hand, asking),
         val_data={name: (each, choose_collator(hand, usual)) for name, (each, hand) in evaluated.items()},
         loss=loss,
         loss_name=loss_name,

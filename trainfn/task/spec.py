@@ -187,8 +187,11 @@ class TaskSpec:
             options.setdefault("ignore_index", self.ignore_index)
         return make(self.loss_in_use, **options)
 
-    def make_collator(self) -> Collator:
+    def make_collator(self, *, predicting: bool = False) -> Collator:
         """Return the collator: fields by name, then stacked, then held to the shapes.
+
+        Args:
+            predicting: items may lack the target.
 
         Raises:
             ConfigError: an option that is unknown, or missing.
@@ -206,7 +209,9 @@ class TaskSpec:
             options |= {"mask_id": self.special_tokens["mask"]} if "mask" in self.special_tokens else {}
             options.setdefault("special_ids", sorted(self.special_tokens.values()))
         base = collator(name, **options)
-        chosen = partial(select, inputs=self.inputs, target=self.target) if self.inputs or self.target else base.select
+        chosen = base.select
+        if self.inputs or self.target:
+            chosen = partial(select, inputs=self.inputs, target=self.target, optional=predicting)
         finished = partial(finish, finishing=base.finish, shapes=self.shapes) if self.shapes else base.finish
         return attrs.evolve(base, select=chosen, finish=finished)
 
