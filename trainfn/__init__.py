@@ -48,11 +48,13 @@ from trainfn.loss import LossSum
 from trainfn.optim import Transform
 from trainfn.plan import Plan, plan
 from trainfn.predict import predict
+from trainfn.profiling import Profile, profile
 from trainfn.replay import replay
 from trainfn.result import FitResult
 from trainfn.state import Health, Report, TrainState, init
 from trainfn.step import Step, make_step
 from trainfn.store import Difference, Manifest, average, diff, inspect, load, load_params, save, verify
+from trainfn.summary import summary
 from trainfn.task import TaskSpec, TrainConfig
 
 __all__ = [
@@ -65,6 +67,7 @@ __all__ = [
     "LossSum",
     "Manifest",
     "Plan",
+    "Profile",
     "Report",
     "Step",
     "TaskSpec",
@@ -95,10 +98,12 @@ __all__ = [
     "per_sample",
     "plan",
     "predict",
+    "profile",
     "replay",
     "run",
     "save",
     "split",
+    "summary",
     "tree",
     "verify",
 ]

@@ -13,20 +13,12 @@ import torch
 from trainfn.errors import ConfigError, suggest, warn
 from trainfn.health import forgiven
 from trainfn.state import TrainState
-from trainfn.store import CheckpointWarning, Manifest, Retention, restore, steps
-from trainfn.task.config import TrainConfig
+from trainfn.store import CheckpointWarning, CheckpointWriteError, Manifest, Retention, restore, steps
+from trainfn.task import ConfigDiff, TrainConfig
+from trainfn.task.config import differences
+from trainfn.task.files import CONFIG_FILE
 from trainfn.tree import evolve
 
-HARMLESS = {
-    "max_steps", "max_epochs", "max_seconds", "early_stopping_patience", "min_delta", "limit_eval_batches",
-    "eval_every", "log_every", "save_every", "save_every_minutes", "save_async",
-    "on_save_error", "keep_last", "keep_best", "keep_every", "monitor", "mode", "out_dir", "resume", "workers",
-    "health_every", "noise_scale_every", "progress", "fast_dev_run", "check_data", "stop", "cuda_graph",
-    "on_divergence", "max_rollbacks", "worker_timeout",
-}  # fmt: skip
-"""Settings that may change from one part of a run to the next without changing one bit of its states."""
-
-_UNSAID = {"resume", "out_dir", "progress", "stop", "compile", "compile_mode", "threads", "hardware"}
 _POSITION = ("seed", "batch_size", "accumulate", "shuffle", "drop_last", "limit_train_batches", "overfit_batches")
 _BETTER: dict[Literal["max", "min"], tuple[str, ...]] = {
     "max": ("accuracy", "f1", "r2"),
@@ -107,12 +99,36 @@ def machine(device: torch.device) -> dict[str, Any]:
     return {"threads": torch.get_num_threads(), "hardware": hardware}
 
 
-def changes(manifest: Manifest, record: Mapping[str, Any]) -> dict[str, str]:
-    """Return the settings that differ between a checkpoint and this run, by name, as ``then -> now``."""
-    new = {**record["config"], "optimizer": record["optimizer"]}
-    old = {**manifest.config, "optimizer": manifest.optimizer}
-    differ = [name for name in new if name not in _UNSAID and old.get(name) != new[name]]
-    return {name: f"{old.get(name)} -> {new[name]}" for name in differ}
+def changes(manifest: Manifest, record: Mapping[str, Any]) -> ConfigDiff:
+    """Return in what this run differs from the one that wrote a checkpoint: settings, loss, task and optimizer."""
+    old, new = ({**each, "optimizer": by} for each, by in (
+        (manifest.config, manifest.optimizer), (record["config"], record["optimizer"])
+    ))  # fmt: skip
+    old["compile"] = old.get("compile_mode", "auto")
+    if new["compile"] == "auto":  # a run keeps the mode that it was begun in
+        new["compile"] = old["compile"]
+    return differences(old, new)
+
+
+def write_config(config: TrainConfig) -> None:
+    """Write the settings of a run into its directory, unless they are there.
+
+    Raises:
+        CheckpointWriteError: the disk refused, with ``on_save_error="stop"``; else that is warned of.
+
+    >>> with tempfile.TemporaryDirectory() as home:
+    ...     write_config(TrainConfig(max_steps=10, out_dir=home))
+    ...     TrainConfig.load(home).max_steps
+    10
+    """
+    path = Path(config.out_dir or "", CONFIG_FILE)
+    try:
+        if not (path.is_file() and path.read_text(encoding="utf-8") == config.to_toml()):
+            config.save(path)
+    except (CheckpointWriteError, OSError, ValueError) as error:
+        if config.on_save_error == "stop":
+            raise
+        warn(f"The settings were not written, and the run goes on: {error}", CheckpointWarning)
 
 
 def resume(
@@ -160,8 +176,9 @@ def _obstacles(manifest: Manifest, record: Mapping[str, Any]) -> list[str]:
     The cursor counts batches: it means the same examples only for the same data, cut the same way. Moments of one
     optimizer may have the names and shapes of another's; its settings may change.
     """
-    old = {name: manifest.config.get(name) for name in _POSITION} | {"data": manifest.data}
-    new = {name: record["config"][name] for name in _POSITION} | {"data": record["data"]}
+    changed = changes(manifest, record).changed
+    old, new = ({name: changed[name][of] for name in _POSITION if name in changed} for of in (0, 1))
+    old["data"], new["data"] = manifest.data, record["data"]
     old["optimizer"], new["optimizer"] = (text.partition("(")[0] for text in (manifest.optimizer, record["optimizer"]))
     names = manifest.tied.keys() | record["tied"].keys()
     for name in names:

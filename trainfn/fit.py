@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from trainfn.progress import Progress
 from trainfn.result import FitResult
 from trainfn.signals import OnSignal
 from trainfn.task import TaskSpec, TrainConfig
+from trainfn.task.config import given_settings
 
 
 def fit(
@@ -35,6 +37,7 @@ def fit(
     collate: str | Callable[[list[Any]], Batch] | None = None,
     observers: Observer | Sequence[Observer] = (),
     on_signal: OnSignal | None = None,
+    config: TrainConfig | str | os.PathLike[str] | None = None,
     **settings: Any,
 ) -> FitResult:
     """Train a model.
@@ -68,6 +71,8 @@ def fit(
             :mod:`trainfn.observers`.
         on_signal: called with the signal and the checkpoint (None without ``out_dir``) once that is safe, before the
             run ends. With it, SIGUSR1 is listened to as well; if it then returns True, the run goes on.
+        config: settings as a value, ``TrainConfig.preset("quick")``, or as a file, ``"runs/gpt/config.toml"``; those
+            that are passed by hand come before it.
         **settings: the fields of :class:`trainfn.TrainConfig`; one of ``max_steps``, ``max_epochs`` and
             ``max_seconds`` is needed.
 
@@ -96,7 +101,7 @@ def fit(
     given = (loss, task, val_data, metrics, optimizer, collate)
     Observers(observers)  # what is wrong with them is said before data and model are looked at
     with contextlib.ExitStack() as held:
-        planned = decide(held, model, data, *given, settings=settings)
+        planned = decide(held, model, data, *given, settings=given_settings(config, settings))
         return carry_out(planned, observers, on_signal)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from trainfn.data import Loader
-from trainfn.directory import HARMLESS, changes
+from trainfn.directory import changes
 from trainfn.errors import listed
 from trainfn.plan import Plan
 from trainfn.precision import resolve
@@ -40,6 +40,7 @@ def header(plan: Plan) -> list[str]:
         "health": _describe_health(plan.config),
         "compile": f"{mode}: {reason}" + ("; the first step waits for the compiler" if mode != "eager" else ""),
         "memory": _describe_memory(plan),
+        "roofline": "" if plan.roofline is None else str(plan.roofline),
         "limits": _describe_limits(plan),
         "output": _describe_output(plan.config, plan.stop, plan.retention),
         "start": _describe_start(plan),
@@ -167,9 +168,7 @@ def _describe_start(plan: Plan) -> str:
         larger = "max_steps or max_epochs" if state.cursor >= stop else plan.over_by
         return f"this run is complete: step {state.cursor}{plan.of_stop}; a larger {larger} continues it"
     changed = changes(plan.previous, record)
-    said = "; ".join(f"{name} {change}" for name, change in changed.items())
-    inexact = [name for name in changed if name not in HARMLESS]
-    bits = f"; not bit for bit the run that went on ({', '.join(inexact)})" if inexact else ""
+    bits = f"; not bit for bit the run that went on ({', '.join(changed.inexact)})" if changed.inexact else ""
     return f"step {state.cursor}{plan.of_stop}, resumed from {plan.resumed_from}" + (
-        f"; changed: {said}{bits}" if said else ""
+        f"; changed: {changed}{bits}" if changed else ""
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from torch import nn
 
 from trainfn.batch import Batch
 from trainfn.data import Loader, to_device
-from trainfn.directory import check_writable, machine, make_retention, resume
+from trainfn.directory import check_writable, machine, make_retention, resume, write_config
 from trainfn.engine import CompiledStep, compile
 from trainfn.errors import ConfigError
+from trainfn.flops import Roofline, make_roofline
 from trainfn.limits import Patience, make_patience, seconds_of, why_over
 from trainfn.loss import Loss
 from trainfn.metric import Metric, resolve
@@ -27,14 +29,14 @@ from trainfn.state import TrainState, init
 from trainfn.step import make_step
 from trainfn.store import Manifest, Retention, clean, writing
 from trainfn.task import Intake, TaskSpec, TrainConfig, take_in
-from trainfn.task.config import make_config
+from trainfn.task.config import given_settings, make_config
 from trainfn.trial import first_loss
 
 WITHOUT_END = 2**62
 """The number of steps of a run that no number of steps ends."""
 
 _LEAST_SECONDS = 600.0  # heuristic: a run that may end sooner does not earn back its compilation
-_ARGUMENTS = ("loss", "task", "val_data", "metrics", "optimizer", "collate", "observers", "on_signal")
+_ARGUMENTS = ("loss", "task", "val_data", "metrics", "optimizer", "collate", "observers", "on_signal", "config")
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -62,6 +64,7 @@ class Plan:
         reader: how data is read that is to be predicted of.
         kernels: which kernels of attention the first forward has called, and how often; see :mod:`trainfn.attention`.
         patience: how long it has waited for a better one where it starts.
+        roofline: what a step has to do, against what the device can do; None if that is not known.
     """
 
     config: TrainConfig
@@ -83,6 +86,7 @@ class Plan:
     reader: Reader
     kernels: dict[str, int]
     patience: Patience
+    roofline: Roofline | None
 
     @property
     def of_stop(self) -> str:
@@ -110,6 +114,7 @@ def plan(
     metrics: Sequence[str | Metric] = (),
     optimizer: Transform | None = None,
     collate: str | Callable[[list[Any]], Batch] | None = None,
+    config: TrainConfig | str | os.PathLike[str] | None = None,
     **settings: Any,
 ) -> Plan:
     """Decide everything about a run and check what can be checked, one batch through model and loss included.
@@ -129,7 +134,7 @@ def plan(
     (6, 0)
     """
     given = (loss, task, val_data, metrics, optimizer, collate)
-    return decide(contextlib.ExitStack(), model, data, *given, locks=False, settings=settings)
+    return decide(contextlib.ExitStack(), model, data, *given, locks=False, settings=given_settings(config, settings))
 
 
 def decide(
@@ -199,7 +204,8 @@ def decide(
     )
     check_precision(model, config.precision)
     looked_at = {"data": loader} | {name.replace("val", "val_data", 1): each for name, each in val_loaders.items()}
-    first, kernels = first_loss(step, state, to_device(loader.batch(0), device), looked_at if config.check_data else {})
+    batch = to_device(loader.batch(0), device)
+    first, kernels = first_loss(step, state, batch, looked_at if config.check_data else {})
     record: dict[str, Any] = {
         "config": config.to_json()
         | {"loss": taken.loss_name or _name(loss), "stop": stop}
@@ -214,6 +220,8 @@ def decide(
         held.enter_context(writing(config.out_dir))
         clean(config.out_dir)
     state, resumed_from, manifest = resume(config, state, record)
+    if config.out_dir is not None and locks:
+        write_config(config)
     patience = make_patience(config, retention, {} if manifest is None else manifest.metrics, epochs=not loader.endless)
     steps = 0 if (config.max_seconds or math.inf) < _LEAST_SECONDS else stop
     compiled = compile(step, mode=_mode(config, manifest), donate=True, cuda_graph=config.cuda_graph, steps=steps)
@@ -241,6 +249,7 @@ def decide(
             collate=taken.ask_collate, columns=getattr(taken.data, "columns", None), batch_size=config.batch_size
         ),
         patience=patience,
+        roofline=make_roofline(step, state, batch, config.peak_flops),
     )
 
 

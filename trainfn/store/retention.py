@@ -23,7 +23,7 @@ from trainfn.store import disk
 from trainfn.store.checkpoint import RunPath, cursor_of, glance, steps
 from trainfn.store.strict_json import Json
 
-_LEFT_BEHIND = re.compile(r"\.(tmp|trash)-((step|capsule)_[0-9]{8,}|history\.jsonl)-[0-9a-f]{8}")
+_LEFT_BEHIND = re.compile(r"\.(tmp|trash)-((step|capsule)_[0-9]{8,}|history\.jsonl|config\.toml)-[0-9a-f]{8}")
 
 
 @attrs.frozen(kw_only=True)
