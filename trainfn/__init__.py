@@ -22,6 +22,7 @@
 | ``data`` | ``order``, ``Loader``, ``split``, data sets, collators |
 | ``store`` | checkpoints, capsules and history |
 | ``task`` | ``TrainConfig``, ``TaskSpec`` |
+| ``lora`` | low-rank adapters, in PEFT's format |
 | ``faults`` | memory that is not there; errors between two steps |
 | ``directory``, ``signals`` | what is continued and kept in the run directory; being told to stop |
 | ``trial`` | the first micro-batch, tried |
@@ -33,7 +34,7 @@
 | ``replay`` | ``replay``: a halted step, taken again |
 """
 
-from trainfn import data, errors, loss, metric, optim, per_sample, tree
+from trainfn import data, errors, lora, loss, metric, optim, per_sample, tree
 from trainfn.data import split
 from trainfn.diagnose import Diagnosis, diagnose
 from trainfn.engine import CompiledStep, compile
@@ -88,6 +89,7 @@ __all__ = [
     "inspect",
     "load",
     "load_params",
+    "lora",
     "loss",
     "make_step",
     "merge",
