@@ -32,6 +32,7 @@ from trainfn import TaskSpec, TrainConfig
 from trainfn.errors import TrainfnError
 from trainfn.header import header
 from trainfn.health import HealthWarning
+from trainfn.result import CLOCK
 from trainfn.store import CheckpointWarning, rows
 from trainfn.tree import digest
 
@@ -167,6 +168,7 @@ SETTINGS: dict[str, Change] = {
     ),
     "health_every": Change(2, "rows"),
     "noise_scale_every": Change(2, "rows"),
+    "peak_flops": Change(1e9, "header"),
     "progress": Change(False, "header"),
     "fast_dev_run": Change(True, "files"),
 }
@@ -237,8 +239,7 @@ def look(home: Path, *, model: Callable[[], nn.Module] = Flat, begin: bool = Tru
         except TrainfnError as error:
             seen["error"] = f"{type(error).__name__}: {error.what}"
             seen["rows"] = list(rows(home / "history.jsonl")) if (home / "history.jsonl").exists() else []
-    timed = ("seconds", "examples_per_second", "counted_per_second")
-    seen["rows"] = [{name: value for name, value in row.items() if name not in timed} for row in seen["rows"] or []]
+    seen["rows"] = [{name: value for name, value in row.items() if name not in CLOCK} for row in seen["rows"] or []]
     seen["files"] = sorted(path.name for path in home.iterdir()) if home.exists() else []
     before_steps = said.getvalue().partition("\nstart ")
     seen["header"] = [line.replace(str(home), "HOME") for line in before_steps[0].splitlines()]

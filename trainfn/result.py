@@ -20,7 +20,7 @@ from trainfn.store import Retention, cursor_of, steps
 Row = dict[str, Any]
 """One row of the history: ``step``, ``epoch``, ``loss``, ``grad_norm``, ``lr``, ... and ``val_loss`` when evaluated."""
 
-CLOCK = ("seconds", "examples_per_second", "counted_per_second")
+CLOCK = ("seconds", "examples_per_second", "counted_per_second", "mfu")
 """The columns that no two runs agree in. All others of a run that was cut are those of the run that was not."""
 
 

@@ -95,8 +95,8 @@ def find_batch_size(
     """Return the largest ``batch_size`` whose whole step fits into memory; nothing that was given is changed.
 
     A step is forward, backward and update over ``accumulate`` micro-batches, with the state that ``fit`` would have.
-    Steps are taken in ``compile="eager"`` unless said otherwise, over the first batches of the data: where examples differ in length, later
-    ones may need more, which ``headroom`` is for.
+    Steps are taken in ``compile="eager"`` unless said otherwise, over the first batches of the data: where examples
+    differ in length, later ones may need more, which ``headroom`` is for.
 
     Args:
         model, data, loss, task, optimizer, collate, config: as for :func:`trainfn.fit`.

@@ -99,6 +99,8 @@ class TrainConfig(Filed):
             explode (above 10) or are dead (0); never if None.
         noise_scale_every: steps between estimates of the gradient noise scale, in examples, each of which costs a
             gradient per example of one micro-batch; never if None. See :mod:`trainfn.per_sample`.
+        peak_flops: operations a second that the device can do at most in this precision: the history then has the share
+            of it that is used, as ``mfu``. Known for some GPUs; to count a step's operations takes a micro-batch.
         progress: show the run header and a progress bar, or plain lines where there is no terminal.
         fast_dev_run: two eager steps, two evaluation batches, nothing written: does it run at all?
     """
@@ -160,6 +162,7 @@ class TrainConfig(Filed):
     on_spike: Literal["off", "warn", "skip", "halt"] = one_of("warn", "off", "skip", "halt")
     health_every: int | None = setting(100, "an int >= 1", at_least(1), optional=True, bits=False)
     noise_scale_every: int | None = setting(None, "an int >= 1", at_least(1), optional=True, bits=False)
+    peak_flops: float | None = setting(None, "a number > 0", positive, optional=True, bits=False, volatile=True)
     progress: bool = setting(True, "a bool", is_bool, bits=False, volatile=True)
     fast_dev_run: bool = setting(False, "a bool", is_bool, bits=False)
 
