@@ -165,7 +165,7 @@ def test_a_table_without_rows_or_target(tmp_path, text, words):
 
 
 def test_data_of_an_unsupported_kind():
-    refused(DataError, data=iter([X]))
+    refused(DataError, data={1, 2})
 
 
 def test_neither_max_steps_nor_max_epochs():

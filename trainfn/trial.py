@@ -7,7 +7,7 @@ from torch import Tensor
 
 from trainfn.attention import watched
 from trainfn.batch import Batch, micro_batches
-from trainfn.data import Loader
+from trainfn.data import Feed
 from trainfn.errors import DataError, ModelError, TrainfnError
 from trainfn.faults import is_out_of_memory, memory_error
 from trainfn.loss import LossSum
@@ -18,9 +18,7 @@ from trainfn.task.guard import guarding
 from trainfn.tree import batch_length, describe, named_leaves
 
 
-def first_loss(
-    step: Step, state: TrainState, batch: Batch, loaders: dict[str, Loader]
-) -> tuple[LossSum, dict[str, int]]:
+def first_loss(step: Step, state: TrainState, batch: Batch, loaders: dict[str, Feed]) -> tuple[LossSum, dict[str, int]]:
     """Run a batch's first micro-batch through model and loss, and look at the data while it goes through.
 
     Args:
