@@ -85,6 +85,12 @@ class Words(nn.Module):
         return out
 
 
+class Lengthy(list[Any]):
+    """Examples that say how long they are."""
+
+    lengths = (3, 1, 4, 1, 5, 9, 2, 6, 5, 3)
+
+
 class Change(NamedTuple):
     """Another value of a field, which part of the run it shows in, and what both runs are given besides."""
 
@@ -149,6 +155,7 @@ SETTINGS: dict[str, Change] = {
     "resume": Change(earlier, "rows"),
     "seed": Change(1, "params"),
     "shuffle": Change(False, "params"),
+    "group_by_length": Change(True, "params", {"data": Lengthy(zip(X, Y, strict=True))}),
     "drop_last": Change(True, "params"),
     "workers": Change(1, "helpers"),
     "check_data": Change(False, "error", {"data": bad(9)}),
@@ -161,6 +168,7 @@ SETTINGS: dict[str, Change] = {
     "halt_after": Change(2, "rows", NUMB),
     "on_divergence": Change("rollback", "error", {"data": bad(0), "check_data": False, "halt_after": 1}),
     "max_rollbacks": Change(1, "rows", NUMB | BACK),
+    "rollback_lr_factor": Change(0.5, "rows", NUMB | BACK),
     "on_spike": Change(
         "skip",
         "params",

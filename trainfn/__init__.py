@@ -22,6 +22,7 @@
 | ``data`` | ``order``, ``Loader``, ``split``, data sets, collators |
 | ``store`` | checkpoints, capsules and history |
 | ``task`` | ``TrainConfig``, ``TaskSpec`` |
+| ``lora`` | low-rank adapters, in PEFT's format |
 | ``faults`` | memory that is not there; errors between two steps |
 | ``directory``, ``signals`` | what is continued and kept in the run directory; being told to stop |
 | ``trial`` | the first micro-batch, tried |
@@ -31,13 +32,15 @@
 | ``loop`` | ``run``; what is done between two steps |
 | ``fit``, ``result`` | ``fit``; ``FitResult`` |
 | ``replay`` | ``replay``: a halted step, taken again |
+| ``finders`` | ``find_lr``, ``find_batch_size``: what a few steps tell before a run |
 """
 
-from trainfn import data, errors, loss, metric, optim, per_sample, tree
+from trainfn import data, errors, lora, loss, metric, optim, per_sample, tree
 from trainfn.data import split
 from trainfn.diagnose import Diagnosis, diagnose
 from trainfn.engine import CompiledStep, compile
 from trainfn.evaluation import evaluate
+from trainfn.finders import BatchSizeSearch, LRSweep, find_batch_size, find_lr
 from trainfn.fit import fit
 from trainfn.generate import generate
 from trainfn.grad import Gradients, fold, merge
@@ -57,12 +60,14 @@ from trainfn.summary import summary
 from trainfn.task import TaskSpec, TrainConfig
 
 __all__ = [
+    "BatchSizeSearch",
     "CompiledStep",
     "Diagnosis",
     "Difference",
     "FitResult",
     "Gradients",
     "Health",
+    "LRSweep",
     "LossSum",
     "Manifest",
     "Plan",
@@ -81,6 +86,8 @@ __all__ = [
     "diff",
     "errors",
     "evaluate",
+    "find_batch_size",
+    "find_lr",
     "fit",
     "fold",
     "generate",
@@ -88,6 +95,7 @@ __all__ = [
     "inspect",
     "load",
     "load_params",
+    "lora",
     "loss",
     "make_step",
     "merge",

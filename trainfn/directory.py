@@ -19,7 +19,13 @@ from trainfn.task.config import differences
 from trainfn.task.files import CONFIG_FILE
 from trainfn.tree import evolve
 
-_POSITION = ("seed", "batch_size", "accumulate", "shuffle", "drop_last", "limit_train_batches", "overfit_batches")
+POSITION = "position"
+"""Under this name, where a stream was is among the settings in a manifest."""
+
+_POSITION = (
+    "seed", "batch_size", "accumulate", "shuffle", "drop_last", "limit_train_batches", "overfit_batches",
+    "group_by_length",
+)  # fmt: skip
 _BETTER: dict[Literal["max", "min"], tuple[str, ...]] = {
     "max": ("accuracy", "f1", "r2"),
     "min": ("loss", "perplexity", "error", "ece", "grad_norm"),
@@ -154,7 +160,14 @@ def resume(
     if config.resume == "auto" and not found:
         return state, None, None
     source = config.out_dir if config.resume == "auto" else config.resume
-    state, manifest = restore(source or "", like=state, also=lambda manifest: _obstacles(manifest, record))
+    fresh = state
+    state, manifest = restore(
+        source or "",
+        like=lambda manifest: with_factor_of(manifest, fresh),
+        also=lambda manifest: _obstacles(manifest, record),
+    )
+    if fresh.lr_factor is not None and state.lr_factor is None:
+        state = evolve(state, lr_factor=fresh.lr_factor)
     if bool(state.health.halted):  # it was halted, and someone has decided to go on
         state = evolve(state, health=forgiven(state.health))
     newer = [path.name for path in found if config.resume != "auto" and path.name > f"step_{state.cursor:08d}"]
@@ -168,6 +181,13 @@ def resume(
     _warn_of_other_bits(manifest, record)
     path = Path(source or "")
     return state, path if path.name.startswith("step_") else path / f"step_{state.cursor:08d}", manifest
+
+
+def with_factor_of(manifest: Manifest, state: TrainState) -> TrainState:
+    """Return a state of this structure that has a factor for its learning rate where the saved one has."""
+    if "lr_factor" not in manifest.tensors:
+        return evolve(state, lr_factor=None)
+    return evolve(state, lr_factor=torch.ones_like(state.report.lr))
 
 
 def _obstacles(manifest: Manifest, record: Mapping[str, Any]) -> list[str]:

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from trainfn.attention import attending
 from trainfn.batch import Batch, micro_batches
-from trainfn.data import Loader, to_device
+from trainfn.data import Feed, Loader, Stream, is_stream, make_feed, to_device
 from trainfn.data.forms import read_data_loader
 from trainfn.engine import CompiledStep
 from trainfn.errors import ConfigError
@@ -64,10 +64,12 @@ def evaluate(
     >>> evaluate(step, state, (torch.zeros(5, 2), torch.zeros(5, dtype=torch.long)), batch_size=2)["weight"]
     5.0
     """
-    if isinstance(data, DataLoader):
+    if isinstance(data, DataLoader) and not is_stream(data):
         read = read_data_loader(data)
         data, collate = read.dataset, collate or read.collate
-    loader = data if isinstance(data, Loader) else Loader(data, batch_size=batch_size, shuffle=False, collate=collate)
+    loader = data
+    if not isinstance(loader, (Loader, Stream)):
+        loader = make_feed(data, batch_size=batch_size, shuffle=False, collate=collate)
     if ema and state.ema is None:
         raise ConfigError("The state has no moving average.", got="ema=True", hint="init(..., ema=True)")
     chosen = [metrics] if isinstance(metrics, (str, Metric)) else metrics
@@ -121,14 +123,14 @@ def _noise(step: Step, state: TrainState, batch: Batch) -> NoiseScale:
 def _means(
     step: Step | CompiledStep,
     state: TrainState,
-    loader: Loader,
+    loader: Feed,
     metrics: Sequence[Metric],
     *,
     ema: bool,
 ) -> dict[str, float]:
     sums: dict[str, Any] = {}
     params = state.ema if ema else None
-    for batch in loader.batches(0, loader.batches_per_epoch):
+    for batch in loader.one_pass():
         found = step.evaluate(state, to_device(batch, state.step.device), metrics=metrics, params=params)
         found["loss"] = map_leaves(wide, found["loss"])
         sums = map_leaves(torch.add, sums, found) if sums else found

@@ -8,7 +8,7 @@ import platform
 import torch
 from torch import nn
 
-from trainfn.data import Loader
+from trainfn.data import Feed, Stream
 from trainfn.directory import changes
 from trainfn.errors import listed
 from trainfn.plan import Plan
@@ -71,12 +71,18 @@ def _describe_task(plan: Plan) -> str:
 
 def _describe_data(plan: Plan) -> str:
     loader = plan.loader
-    sizes = {name.removeprefix("val").lstrip("_"): each.examples for name, each in plan.val_loaders.items()}
-    held_out = listed([f"{size:,}{' ' * bool(name)}{name}" for name, size in sizes.items()])
+    sizes = {
+        name.removeprefix("val").lstrip("_"): "a stream" if isinstance(each, Stream) else f"{each.examples:,}"
+        for name, each in plan.val_loaders.items()
+    }
+    held_out = listed([f"{size}{' ' * bool(name)}{name}" for name, size in sizes.items()])
     held_out = f"; {held_out} to evaluate on" if held_out else "" if loader.endless else "; nothing to evaluate on"
     if loader.endless:
         return f"batches that a function makes{held_out}"
-    return f"{loader.examples:,} examples, {loader.batches_per_epoch:,} steps an epoch{held_out}"
+    if isinstance(loader, Stream):
+        return f"{loader.title}{held_out}"
+    grouped = ", grouped by length" if loader.is_grouped else ""
+    return f"{loader.examples:,} examples{grouped}, {loader.batches_per_epoch:,} steps an epoch{held_out}"
 
 
 def _describe_limits(plan: Plan) -> str:
@@ -105,14 +111,15 @@ def _describe_device(device: torch.device) -> str:
     return f"{device}, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
 
 
-def _describe_step(config: TrainConfig, loader: Loader, first_weight: float) -> str:
+def _describe_step(config: TrainConfig, loader: Feed, first_weight: float) -> str:
     examples = min(config.batch_size * config.accumulate, loader.examples)
     per_step = first_weight * config.accumulate
     clip = "no clipping" if config.clip_norm is None else f"clip to norm {config.clip_norm:g}"
     ema = "" if config.ema is None else f", EMA {config.ema:g} (evaluated and returned)"
     size = f"{examples} examples ({config.batch_size} x {config.accumulate})"
-    if loader.endless:
-        size = "one batch of the function" + (f" in {config.accumulate} parts" if config.accumulate > 1 else "")
+    if loader.endless or (isinstance(loader, Stream) and loader.is_whole):
+        size = f"one batch of the {'function' if loader.endless else 'stream'}"
+        size += f" in {config.accumulate} parts" if config.accumulate > 1 else ""
     return f"{size}, about {per_step:,.0f} counted by the loss (tokens, labels); {clip}{ema}; seed {config.seed}"
 
 
@@ -138,6 +145,8 @@ def _describe_health(config: TrainConfig) -> str:
     then = "halt the run"
     if config.on_divergence == "rollback":
         then = f"send it back to its last healthy checkpoint, at most {config.max_rollbacks} times"
+        if config.rollback_lr_factor != 1:
+            then += f", with {config.rollback_lr_factor:g} of the learning rate"
     return (
         f"steps with NaN or infinity are skipped, {config.halt_after} in a row {then}; "
         f"spikes are {spikes[config.on_spike]}{norms}"

@@ -207,7 +207,7 @@ class Loop:
             return
         refused = self._recorder.last_refused(self._state) if halted else None
         back = self._rollback.back(self._state, self._saver.drain) if self._rollback.wanted else None
-        self._row({"rolled_back_to": self._rollback.windows[-1][0]} if back else {})
+        self._row(self._rollback.row(back) if back else {})
         if back is None:
             error = divergence(self._planned, self._state, *refused, self._save_now) if refused else spoilt
             assert error is not None
@@ -221,7 +221,7 @@ class Loop:
         """Have the state saved beside the training, if the run has a directory."""
         if self._config.out_dir is not None:
             self._see_to_checkpoints(self._saver.drain)  # before the next one takes its place
-            self._saver.save(self._state, **self._known())
+            self._saver.save(self._state, **self._known(self._state.cursor))
             self._saved_at, self._unsaved = time.perf_counter(), False
 
     def _save_the_rest(self) -> None:
@@ -234,7 +234,9 @@ class Loop:
 
     def _save_now(self, state: TrainState) -> Path | None:
         self._saver.drain()
-        return save(state, self._config.out_dir, **self._known()) if self._config.out_dir is not None else None
+        return (
+            save(state, self._config.out_dir, **self._known(state.cursor)) if self._config.out_dir is not None else None
+        )
 
     def _rescue(self, error: Exception) -> None:
         """Save the last state before an error that came between two steps ends the run."""
@@ -262,14 +264,14 @@ class Loop:
             self._on_signal is not None and bool(self._on_signal(told, self._saver.drain())) and told == signal.SIGUSR1
         )
 
-    def _known(self) -> dict[str, Any]:
-        """Return what a checkpoint says about the run."""
+    def _known(self, cursor: int) -> dict[str, Any]:
+        """Return what the checkpoint after so many steps says about the run."""
         row = self._recorder.rows[-1] if self._recorder.rows else {}
         metrics: dict[str, Any] = {name: value for name, value in row.items() if isinstance(value, (int, float))}
         metrics |= self._recorder.so_far | self._patience.record
         record = self._planned.record
         config = record["config"] | {"compile_mode": self._planned.step.mode} | self._rollback.record
-        return record | {"config": config, "metrics": metrics}
+        return record | {"config": config | self._planned.position(cursor), "metrics": metrics}
 
     def _result(self, ended_by: str) -> FitResult:
         best = best_row(self._recorder.rows, self._planned.retention)

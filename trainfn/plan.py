@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from trainfn.batch import Batch
-from trainfn.data import Loader, to_device
-from trainfn.directory import check_writable, machine, make_retention, resume, write_config
+from trainfn.data import Feed, make_feed, to_device
+from trainfn.directory import POSITION, check_writable, machine, make_retention, resume, write_config
 from trainfn.engine import CompiledStep, compile
 from trainfn.errors import ConfigError
 from trainfn.flops import Roofline, make_roofline
@@ -30,6 +30,7 @@ from trainfn.step import make_step
 from trainfn.store import Manifest, Retention, clean, writing
 from trainfn.task import Intake, TaskSpec, TrainConfig, take_in
 from trainfn.task.config import given_settings, make_config
+from trainfn.tree import evolve
 from trainfn.trial import first_loss
 
 WITHOUT_END = 2**62
@@ -72,8 +73,8 @@ class Plan:
     optimizer: Transform
     step: CompiledStep
     state: TrainState
-    loader: Loader
-    val_loaders: dict[str, Loader]
+    loader: Feed
+    val_loaders: dict[str, Feed]
     metrics: tuple[Metric, ...]
     stop: int
     device: torch.device
@@ -107,6 +108,11 @@ class Plan:
     def to_device(self, batch: Batch) -> Batch:
         """Return the batch with its tensors on the run's device."""
         return to_device(batch, self.device)
+
+    def position(self, cursor: int) -> dict[str, Any]:
+        """Return where the data are, as a field of a checkpoint's settings; nothing where the number says it."""
+        found = self.loader.position(cursor)
+        return {POSITION: found} if found else {}
 
 
 def plan(
@@ -207,6 +213,8 @@ def decide(
     state = init(
         model, optimizer, seed=config.seed, ema=config.ema is not None, precision=config.precision, device=device
     )
+    if config.rollback_lr_factor != 1:
+        state = evolve(state, lr_factor=torch.ones_like(state.report.lr))
     check_precision(model, config.precision)
     looked_at = {"data": loader} | {name.replace("val", "val_data", 1): each for name, each in val_loaders.items()}
     batch = to_device(loader.batch(0), device)
@@ -224,10 +232,15 @@ def decide(
     if config.out_dir is not None and locks:
         held.enter_context(writing(config.out_dir))
         clean(config.out_dir)
+    if config.out_dir is not None:
+        loader.check_position()
     state, resumed_from, manifest = resume(config, state, record)
+    if manifest is not None and state.cursor < stop:
+        loader.seek(state.cursor, manifest.config.get(POSITION, {}))
     if config.out_dir is not None and locks:
         write_config(config)
-    patience = make_patience(config, retention, {} if manifest is None else manifest.metrics, epochs=not loader.endless)
+    has_epochs = loader.batches_per_epoch < WITHOUT_END
+    patience = make_patience(config, retention, {} if manifest is None else manifest.metrics, epochs=has_epochs)
     steps = 0 if _is_short(config) else stop
     compiled = compile(step, mode=_mode(config, manifest), donate=True, cuda_graph=config.cuda_graph, steps=steps)
     if config.cuda_graph is True:
@@ -269,10 +282,10 @@ def _device(name: str) -> torch.device:
         ) from error
 
 
-def _loaders(config: TrainConfig, taken: Intake, device: torch.device) -> tuple[Loader, dict[str, Loader]]:
+def _loaders(config: TrainConfig, taken: Intake, device: torch.device) -> tuple[Feed, dict[str, Feed]]:
     """Return what is trained on, and what is evaluated on; where the settings say so, only so many batches of it."""
     pin, few = device.type == "cuda", config.overfit_batches
-    loader = Loader(
+    loader = make_feed(
         taken.data,
         batch_size=config.batch_size * config.accumulate,
         seed=config.seed,
@@ -282,11 +295,13 @@ def _loaders(config: TrainConfig, taken: Intake, device: torch.device) -> tuple[
         timeout=config.worker_timeout,
         pin=pin,
         collate=taken.collate,
+        group_by_length=config.group_by_length,
+        keep=config.log_every if pin else 1,  # on a GPU it is seen at a row that a run has to halt
     )
     loader.batches_per_epoch = min(loader.batches_per_epoch, few or config.limit_train_batches or WITHOUT_END)
 
-    def evaluated(data: Any, collate: Any, limit: int | None) -> Loader:
-        found = Loader(
+    def evaluated(data: Any, collate: Any, limit: int | None) -> Feed:
+        found = make_feed(
             data,
             batch_size=config.batch_size,
             shuffle=False,
@@ -309,7 +324,7 @@ def _is_short(config: TrainConfig) -> bool:
     return (config.max_seconds or math.inf) < _LEAST_SECONDS
 
 
-def _stop(config: TrainConfig, loader: Loader) -> int:
+def _stop(config: TrainConfig, loader: Feed) -> int:
     return min(config.max_steps or WITHOUT_END, (config.max_epochs or WITHOUT_END) * loader.batches_per_epoch)
 
 

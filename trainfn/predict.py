@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from trainfn.attention import attending
 from trainfn.batch import Batch
-from trainfn.data import Collator, Loader, to_device
+from trainfn.data import Collator, Feed, Loader, Stream, is_stream, make_feed, to_device
 from trainfn.data.collate import unchanged
 from trainfn.data.collators import Collate, choose_collator
 from trainfn.data.forms import as_tensor, is_frame, read_data_loader
@@ -41,12 +42,12 @@ class Reader:
     columns: tuple[str, ...] | None = None
     batch_size: int = 32
 
-    def loader(self, data: object) -> Loader:
+    def loader(self, data: object) -> Feed:
         """Return the batches of some data, in its own order."""
-        if isinstance(data, Loader):
+        if isinstance(data, (Loader, Stream)):
             return data
         collate = self.collate
-        if isinstance(data, DataLoader):
+        if isinstance(data, DataLoader) and not is_stream(data):
             read = read_data_loader(data)
             data, collate = read.dataset, read.collate or collate
         if is_frame(data):
@@ -59,7 +60,7 @@ class Reader:
             data = {"features": torch.stack([as_tensor(frame[name], name).float() for name in wanted], 1)}
         if isinstance(collate, Collator) and collate.draws:  # masks, for one: they are for learning
             collate = attrs.evolve(collate, finish=unchanged, draws=False)
-        return Loader(data, batch_size=self.batch_size, shuffle=False, collate=collate)
+        return make_feed(data, batch_size=self.batch_size, shuffle=False, collate=collate)
 
 
 def predict(
@@ -106,7 +107,7 @@ def predict(
 
 
 def predict_read(
-    step: Step | CompiledStep, state: TrainState, loader: Loader, *, limit: int | None = None, ema: bool | None = None
+    step: Step | CompiledStep, state: TrainState, loader: Feed, *, limit: int | None = None, ema: bool | None = None
 ) -> Any:
     """Return the model's outputs for the batches of a loader, the first ``limit`` of them if they have no end.
 
@@ -120,7 +121,7 @@ def predict_read(
     parts, lengths = [], []
     device = state.step.device
     with predicting(step, state, ema=ema) as outputs_of:
-        for batch in loader.batches(0, loader.batches_per_epoch if limit is None else limit):
+        for batch in itertools.islice(loader.one_pass(), limit):
             lengths.append(batch_length(batch))
             parts.append(outputs_of(to_device(batch, device)))
     return _joined(parts, lengths)

@@ -15,7 +15,6 @@ from typing import Any
 
 import attrs
 
-from trainfn.data import Loader
 from trainfn.errors import listed, warn
 from trainfn.health import ALARMING, REFUSED, HealthWarning, Verdict
 from trainfn.limits import seconds_of
@@ -99,7 +98,7 @@ class Recorder:
         table, self._totals = read_reports(self._reports[len(self._lines) :], state)
         self._lines += table
         self._lr = table[-1][3] if table else self._lr
-        spent, examples = self._lap(), self._examples(self._read_to, state.cursor)
+        spent, examples = self._lap(), self._plan.loader.count(self._read_to, state.cursor)
         self._read_to = state.cursor
         self._spent += spent
         self._sums.seconds += spent
@@ -110,13 +109,12 @@ class Recorder:
     def row(self, state: TrainState, metrics: Mapping[str, float]) -> Row:
         """Write and return the row that the reports since the last one and the metrics make."""
         self.read(state)
-        row: Row = {"step": state.cursor, "epoch": (state.cursor - 1) // self._plan.loader.batches_per_epoch}
+        row: Row = {"step": state.cursor, "epoch": self._plan.loader.epoch(state.cursor - 1)}
         if self._lines:
             verdicts = self._verdicts(state)
             row |= summary(self._lines, list(verdicts.values()))
-            row |= self._rates(
-                len(self._lines), self._examples(self._row_began, state.cursor), row["weight"], self._spent
-            )
+            examples = self._plan.loader.count(self._row_began, state.cursor)
+            row |= self._rates(len(self._lines), examples, row["weight"], self._spent)
             self._warn(verdicts)
             self._reports, self._lines, self._spent, self._row_began = [], [], 0.0, state.cursor
         row |= self._totals
@@ -155,10 +153,6 @@ class Recorder:
         self._lap_began, self._compiled = now, compiled
         return max(spent, 0.0)
 
-    def _examples(self, start: int, stop: int) -> int:
-        loader = self._plan.loader
-        return 0 if loader.endless else _examples_before(loader, stop) - _examples_before(loader, start)
-
     def _rates(self, steps: int, examples: int, counted: float, seconds: float) -> Row:
         if not seconds:
             return {}
@@ -193,10 +187,3 @@ class Recorder:
                 examples = listed(self._plan.loader.indices(steps[0]).tolist())
                 text = f"In the step over batch {steps[0]} (examples [{examples}]){more}, {kind.sentence}."
                 warn(text, HealthWarning)
-
-
-def _examples_before(loader: Loader, cursor: int) -> int:
-    """Return how many examples are in the batches before this one; the last one of an epoch may be short."""
-    epochs, rest = divmod(cursor, loader.batches_per_epoch)
-    each = min(loader.batches_per_epoch * loader.batch_size, loader.examples)
-    return epochs * each + min(rest * loader.batch_size, each)

@@ -75,7 +75,7 @@ def test_control_what_a_resume_forgets_is_seen(tmp_path: Path, monkeypatch: pyte
 
     def forgetful(path: Any, like: Any, also: Any) -> Any:
         state, manifest = honest(path, like=like, also=also)
-        lost = 1 + state.seed if forgotten == "seed" else getattr(like, forgotten)
+        lost = 1 + state.seed if forgotten == "seed" else getattr(like(manifest), forgotten)
         return evolve(state, **{forgotten: lost}), manifest
 
     monkeypatch.setattr(trainfn.directory, "restore", forgetful)

@@ -114,6 +114,7 @@ class Layout:
     Attributes:
         optimizer: the Transform that does the same to packs.
         trained: the packs of trained parameters.
+        is_lowered: whether updates are multiplied by a factor, which no fused kernel does.
 
     >>> import trainfn
     >>> optimizer = trainfn.optim.adamw(decay=trainfn.optim.matrices_only)
@@ -141,6 +142,7 @@ class Layout:
             self.trained = _packs(params, lambda name: name)
         self._buffers = _packs(state.buffers, lambda name: None)
         self._rest = _packs(self.counters(state), lambda name: None)
+        self.is_lowered = state.lr_factor is not None
         self._names, self._buffer_names = tuple(state.params), tuple(state.buffers)
         self._by_name = {pack.name: pack for pack in self.trained}
         places = {slot.name: place for place, slot in enumerate(slot for pack in self.trained for slot in pack.slots)}
@@ -294,7 +296,8 @@ def _own(packed: Packed, own: Callable[[Tensor], Tensor]) -> Packed:
 
 
 def _rest_of(state: TrainState) -> dict[str, Tree]:
-    return {"step": state.step, "scale": state.scale, "health": state.health, "stats": state.stats}
+    rest = {"step": state.step, "scale": state.scale, "health": state.health, "stats": state.stats}
+    return rest | {"lr_factor": state.lr_factor}
 
 
 def _packs(leaves: Mapping[str, Tensor], key: Callable[[str], Hashable]) -> tuple[Pack, ...]:

@@ -111,7 +111,7 @@ class _Tensors:
 
 def _eager(step: Step, form: _Tensors, backend: Any) -> Program:
     layout, update = form.layout, form.update(step)
-    fused = update.optimizer.fused if form.has_kernels else None
+    fused = update.optimizer.fused if form.has_kernels and not layout.is_lowered else None
 
     def program(tensors: list[Tensor], views: TrainState, batch: Batch) -> Report:
         parts = micro_batches(batch, step.accumulate)

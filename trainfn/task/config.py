@@ -31,7 +31,7 @@ from trainfn.task.settings import (
 )
 from trainfn.task.written import Form, Migration
 
-OF_THE_RECORD = frozenset({"stop", "threads", "hardware", "compile_mode", "rollbacks"})
+OF_THE_RECORD = frozenset({"stop", "threads", "hardware", "compile_mode", "rollbacks", "position"})
 """What the record of a run says besides its settings, and what is told elsewhere."""
 
 
@@ -76,6 +76,8 @@ class TrainConfig(Filed):
         resume: ``"auto"`` continues what is in ``out_dir`` if anything is, a path continues from there.
         seed: what the order of the data and every random draw is derived from.
         shuffle: a new order of the training data every epoch.
+        group_by_length: put examples of like length in one batch, so that less of it is padding; each is looked at once
+            before the run.
         drop_last: leave out the short step at the end of an epoch.
         workers: processes that fetch batches.
         check_data: look at a sample of the data before the first step, for labels and ids out of range, NaN and
@@ -93,6 +95,7 @@ class TrainConfig(Filed):
         on_divergence: what to do where the run has to stop: ``"halt"``, or ``"rollback"`` to the last healthy
             checkpoint in ``out_dir`` and go on without the batches since; see :mod:`trainfn.rollback`.
         max_rollbacks: how often, resumed parts of the run included, before it stops after all.
+        rollback_lr_factor: what the learning rate is multiplied by each time, in (0, 1].
         on_spike: what to do about a loss or gradient norm far above its recent past: ``"warn"``, ``"skip"`` the step,
             ``"halt"`` the run, or ``"off"``; see :mod:`trainfn.health`.
         health_every: steps between rows with the gradient norm of each tensor, and which of them vanish (below 1e-7),
@@ -139,6 +142,7 @@ class TrainConfig(Filed):
     )
     seed: int = setting(0, "an int in [0, 2**63)", lambda v: at_least(0)(v) and v < 2**63)
     shuffle: bool = setting(True, "a bool", is_bool)
+    group_by_length: bool = setting(False, "a bool", is_bool)
     drop_last: bool = setting(False, "a bool", is_bool)
     workers: int = setting(0, "an int >= 0", at_least(0), bits=False, volatile=True)
     check_data: bool = setting(True, "a bool", is_bool, bits=False)
@@ -159,6 +163,7 @@ class TrainConfig(Filed):
     halt_after: int = setting(3, "an int >= 1", at_least(1))
     on_divergence: Literal["halt", "rollback"] = one_of("halt", "rollback", bits=False)
     max_rollbacks: int = setting(3, "an int >= 1", at_least(1), bits=False)
+    rollback_lr_factor: float = setting(1.0, "a number in (0, 1]", lambda v: positive(v) and v <= 1, bits=False)
     on_spike: Literal["off", "warn", "skip", "halt"] = one_of("warn", "off", "skip", "halt")
     health_every: int | None = setting(100, "an int >= 1", at_least(1), optional=True, bits=False)
     noise_scale_every: int | None = setting(None, "an int >= 1", at_least(1), optional=True, bits=False)
@@ -184,6 +189,9 @@ class TrainConfig(Filed):
             wrong.append("min_delta without early_stopping_patience: nothing is compared with it")
         if of["overfit_batches"] is not None and of["limit_train_batches"] is not None:
             wrong.append("overfit_batches and limit_train_batches: both say which batches to train on")
+        lowers = is_number(of["rollback_lr_factor"]) and of["rollback_lr_factor"] != 1
+        if lowers and not is_word(of["on_divergence"], "rollback"):
+            wrong.append('rollback_lr_factor without on_divergence="rollback": the rate would never be lowered')
         if of["out_dir"] is None:
             if is_word(of["resume"], "auto"):
                 wrong.append('resume="auto" without out_dir: there is nowhere to look')

@@ -8,10 +8,11 @@ from typing import Any, cast
 import attrs
 from torch.utils.data import DataLoader
 
-from trainfn.data import read_frame
+from trainfn.data import Batched, is_stream, read_frame
 from trainfn.data.collators import Collate, choose_collator
 from trainfn.data.forms import is_frame, read_data_loader
-from trainfn.data.source import is_function
+from trainfn.data.passes import is_loader
+from trainfn.data.source import is_function, kind_of
 from trainfn.errors import ConfigError, DataError
 from trainfn.loss import Loss
 from trainfn.metric import Metric
@@ -85,7 +86,9 @@ def take_in(
         )
     data, sets, spec_for_data = _frames(data, named_sets(val_data, data), spec)
     by_hand = collate
-    if isinstance(data, DataLoader):
+    if is_stream(data):
+        _check_stream(data, config, given)
+    elif isinstance(data, DataLoader):
         config, data, by_hand = _from_loader(config, given, data, collate)
     if is_function(data):
         _check_function(config, given)
@@ -153,7 +156,9 @@ def _evaluated(data: Any, collate: str | Collate | None) -> tuple[Any, str | Col
             where="val_data",
             hint="val_data=[...] or tensors",
         )
-    if not isinstance(data, DataLoader):
+    if is_stream(data):
+        _check_val_stream(data)
+    if not isinstance(data, DataLoader) or is_stream(data):
         return data, collate
     read = read_data_loader(data)
     if read.settings["drop_last"]:
@@ -163,8 +168,36 @@ def _evaluated(data: Any, collate: str | Collate | None) -> tuple[Any, str | Col
     return read.dataset, collate if read.collate is None else read.collate
 
 
+def _check_stream(data: object, config: TrainConfig, given: Mapping[str, Any]) -> None:
+    decided = ["shuffle", "group_by_length", "overfit_batches"]
+    if is_loader(data):
+        decided += ["batch_size", "drop_last", "workers", "worker_timeout"]
+    wrong = [f"{name}={given[name]}" for name in decided if given.get(name)]
+    if config.max_epochs is not None and config.limit_train_batches is None:
+        wrong.append(f"max_epochs={config.max_epochs}: how long an epoch is, nobody knows before it has ended")
+    if wrong:
+        raise ConfigError(
+            "A stream is read in its own order, and does not say how long it is.",
+            where=f"data, {kind_of(data)}",
+            got="; ".join(wrong),
+            hint="say max_steps= (and eval_every=), or limit_train_batches=, which many batches are an epoch then; "
+            "what can be shuffled, a data set shuffles itself",
+        )
+
+
+def _check_val_stream(data: object) -> None:
+    if hasattr(type(data.data if isinstance(data, Batched) else data), "__next__"):
+        raise DataError(
+            "An iterator can be gone through once, and evaluations are many.",
+            where="val_data",
+            got=kind_of(data),
+            hint="pass what can be iterated over again: an object with __iter__, or the generator function itself",
+        )
+
+
 def _check_function(config: TrainConfig, given: Mapping[str, Any]) -> None:
-    decided = [name for name in ("batch_size", "shuffle", "drop_last", "max_epochs") if given.get(name) is not None]
+    names = ("batch_size", "shuffle", "drop_last", "max_epochs", "group_by_length")
+    decided = [name for name in names if given.get(name) is not None]
     if decided:
         raise ConfigError(
             "Batches that a function makes are taken as they are, without end.",
