@@ -52,6 +52,7 @@ def test_a_run_ends_at_the_step_at_which_its_time_is_over(tmp_path: Path) -> Non
     assert f"done: step {result.state.cursor}, " in shown
     assert "ended by max_seconds=0.3" in shown
     assert str(2**62) not in shown
+    assert "compile   eager: a run of 0.3 s may not earn back" in said(max_seconds=0.3)
     assert result.history[-1]["lr"] == (0.01 if result.state.cursor > 100 else result.history[-1]["lr"])
 
 

@@ -32,6 +32,7 @@
 | ``loop`` | ``run``; what is done between two steps |
 | ``fit``, ``result`` | ``fit``; ``FitResult`` |
 | ``replay`` | ``replay``: a halted step, taken again |
+| ``finders`` | ``find_lr``, ``find_batch_size``: what a few steps tell before a run |
 """
 
 from trainfn import data, errors, lora, loss, metric, optim, per_sample, tree
@@ -39,6 +40,7 @@ from trainfn.data import split
 from trainfn.diagnose import Diagnosis, diagnose
 from trainfn.engine import CompiledStep, compile
 from trainfn.evaluation import evaluate
+from trainfn.finders import BatchSizeSearch, LRSweep, find_batch_size, find_lr
 from trainfn.fit import fit
 from trainfn.generate import generate
 from trainfn.grad import Gradients, fold, merge
@@ -58,12 +60,14 @@ from trainfn.summary import summary
 from trainfn.task import TaskSpec, TrainConfig
 
 __all__ = [
+    "BatchSizeSearch",
     "CompiledStep",
     "Diagnosis",
     "Difference",
     "FitResult",
     "Gradients",
     "Health",
+    "LRSweep",
     "LossSum",
     "Manifest",
     "Plan",
@@ -82,6 +86,8 @@ __all__ = [
     "diff",
     "errors",
     "evaluate",
+    "find_batch_size",
+    "find_lr",
     "fit",
     "fold",
     "generate",

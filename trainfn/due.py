@@ -53,3 +53,24 @@ def what_is_due(planned: Plan, cursor: int, *, now: bool = False, end: bool = Fa
     row = evaluation or checkpoint or noise or end or every(config.log_every) or every(config.health_every)
     row |= epoch and planned.patience.by_epoch  # which may end the run
     return Due(evaluation, scheduled, checkpoint, noise, row, epoch)
+
+
+def next_due(planned: Plan, cursor: int) -> int:
+    """Return the number of steps after ``cursor`` at which something may be due next, by these numbers alone.
+
+    >>> import torch, trainfn
+    >>> made = trainfn.plan(torch.nn.Linear(1, 1), (torch.ones(6, 1), torch.ones(6, 1)), loss="mse", batch_size=2,
+    ...                     max_epochs=9, log_every=4, health_every=None, device="cpu")
+    >>> [next_due(made, cursor) for cursor in (0, 3, 4, 25)]
+    [3, 4, 6, 27]
+    """
+    config = planned.config
+    every = (
+        config.eval_every,
+        config.save_every,
+        config.noise_scale_every,
+        config.log_every,
+        config.health_every,
+        planned.loader.batches_per_epoch,
+    )
+    return min(planned.stop, *(cursor + steps - cursor % steps for steps in every if steps is not None))

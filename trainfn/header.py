@@ -27,6 +27,8 @@ def header(plan: Plan) -> list[str]:
     'model     Linear, 6 parameters in 2 tensors (6 trained), float32'
     """
     mode, reason = plan.step.settle(plan.state)
+    if plan.is_short and plan.config.compile == "auto" and mode == "eager":
+        reason = f"a run of {plan.config.max_seconds:g} s may not earn back the compilation"
     lines = {
         "trainfn": f"on torch {torch.__version__}, python {platform.python_version()}",
         "model": _describe_model(plan.model),

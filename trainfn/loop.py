@@ -12,7 +12,7 @@ from typing import Any
 import attrs
 
 from trainfn.data import CopyStream, prefetched
-from trainfn.due import Due, what_is_due
+from trainfn.due import Due, next_due, what_is_due
 from trainfn.engine import collecting_at_rows
 from trainfn.errors import CheckpointError, DivergenceError
 from trainfn.evaluation import check_noise, evaluate_plan, noise_columns
@@ -85,6 +85,8 @@ class Loop:
         self._state, self._told_of = planned.state, planned.resumed_from
         self._unsaved = False
         self._patience, self._over_by = attrs.evolve(planned.patience), planned.over_by
+        self._by_time = not (config.max_seconds is None and config.save_every_minutes is None)
+        self._next = next_due(planned, planned.state.cursor)  # before that, only what is not counted in steps is due
 
     def carry_out(self) -> FitResult:
         """Take the steps, and return what they leave behind; what ``fit`` does after ``plan``."""
@@ -132,13 +134,17 @@ class Loop:
 
     def _between(self, told: bool) -> bool:
         """Do what is due between the last step and the next one; return whether a row was."""
+        if self._state.cursor < self._next and not (told or self._by_time or self._must_halt(self._state, False)):
+            self._unsaved = True
+            return False
+        self._next = next_due(self._planned, self._state.cursor)
         minutes = self._config.save_every_minutes
         late = minutes is not None and time.perf_counter() - self._saved_at >= 60 * minutes
         self._over_by = self._why_over()
         due = what_is_due(self._planned, self._state.cursor, now=told or late, end=self._over_by is not None)
         self._keep_sound(due)
         if not (due.row or due.epoch):
-            self._unsaved = self._config.out_dir is not None
+            self._unsaved = True
             return False
         self._recorder.read(self._state)
         wanted = due.checkpoint
@@ -154,7 +160,7 @@ class Loop:
             self._patience.look(self._planned.retention.score(epoch if self._patience.by_epoch else row))
             self._over_by = self._over_by or self._why_over()
             wanted |= self._over_by is not None
-        self._unsaved = self._config.out_dir is not None
+        self._unsaved = True
         if wanted:
             self._checkpoint()
         self._recorder.start_lap()
@@ -219,8 +225,8 @@ class Loop:
             self._saved_at, self._unsaved = time.perf_counter(), False
 
     def _save_the_rest(self) -> None:
-        """Save the steps since the last checkpoint, if there are any."""
-        if self._unsaved:
+        """Save the steps since the last checkpoint, if there are any, and somewhere to save them."""
+        if self._unsaved and self._config.out_dir is not None:
             if spoilt := self._spoilt_by(self._state, self._saver.newest):
                 raise spoilt
             self._row({})

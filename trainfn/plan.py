@@ -95,6 +95,11 @@ class Plan:
         return f" of {self.stop}" if self.stop < WITHOUT_END else ""
 
     @property
+    def is_short(self) -> bool:
+        """Whether the run may be over before its compilation has been earned back."""
+        return _is_short(self.config)
+
+    @property
     def over_by(self) -> str | None:
         """The setting that the run is over by where it starts; None if there are steps to take."""
         seconds = 0.0 if self.previous is None else seconds_of(self.previous.metrics)
@@ -234,8 +239,9 @@ def decide(
         loader.seek(state.cursor, manifest.config.get(POSITION, {}))
     if config.out_dir is not None and locks:
         write_config(config)
-    patience = make_patience(config, retention, {} if manifest is None else manifest.metrics, epochs=not loader.endless)
-    steps = 0 if (config.max_seconds or math.inf) < _LEAST_SECONDS else stop
+    has_epochs = loader.batches_per_epoch < WITHOUT_END
+    patience = make_patience(config, retention, {} if manifest is None else manifest.metrics, epochs=has_epochs)
+    steps = 0 if _is_short(config) else stop
     compiled = compile(step, mode=_mode(config, manifest), donate=True, cuda_graph=config.cuda_graph, steps=steps)
     if config.cuda_graph is True:
         compiled.settle(state)  # raises where there can be none
@@ -312,6 +318,10 @@ def _loaders(config: TrainConfig, taken: Intake, device: torch.device) -> tuple[
         return loader, {"val": evaluated(taken.data, taken.collate, few * parts)}
     limit = config.limit_eval_batches
     return loader, {name: evaluated(*each, limit) for name, each in taken.val_data.items()}
+
+
+def _is_short(config: TrainConfig) -> bool:
+    return (config.max_seconds or math.inf) < _LEAST_SECONDS
 
 
 def _stop(config: TrainConfig, loader: Feed) -> int:

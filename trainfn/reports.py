@@ -14,6 +14,8 @@ from trainfn.health import Verdict, ailing
 from trainfn.result import Row
 from trainfn.state import NUMBERS, Report, TrainState, trainable
 
+_APPLIED = frozenset(int(verdict) for verdict in Verdict if verdict.applied)
+
 
 @attrs.define
 class EpochSums:
@@ -49,7 +51,7 @@ class EpochSums:
         """Add a step: its loss, weight, gradient norm, learning rate and verdict."""
         loss, weight, norm, _, verdict = line
         self.steps += 1
-        if not Verdict(int(verdict)).applied:
+        if verdict not in _APPLIED:
             self.skipped += 1
             return
         self.total += loss * weight

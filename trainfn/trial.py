@@ -64,7 +64,7 @@ def first_loss(step: Step, state: TrainState, batch: Batch, loaders: dict[str, F
         if is_out_of_memory(error):
             raise memory_error(error, "the plan", part, batch_length(part), step.accumulate) from error
         text = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        kind = DataError if isinstance(error, IndexError) else ModelError
+        kind = DataError if isinstance(error, IndexError) or _objects(part) else ModelError
         raise kind(
             "The first batch does not go through the model and the loss.",
             where=where,
@@ -75,7 +75,17 @@ def first_loss(step: Step, state: TrainState, batch: Batch, loaders: dict[str, F
     return found
 
 
+def _objects(part: Batch) -> dict[str, str]:
+    """Return the fields that hold something else than tensors, and what."""
+    leaves = [(name, type(leaf).__name__) for name, leaf in named_leaves(part) if not isinstance(leaf, Tensor)]
+    return dict(leaves)
+
+
 def _remedy(text: str, part: Batch) -> str:
+    if objects := _objects(part):
+        name, kind = next(iter(objects.items()))
+        words = "tokenize texts (trainfn.data.Tokenized)" if kind == "str" else "make tensors of them"
+        return f"{name} holds {kind} objects, which no layer takes: {words} in the data set or in collate="
     if "dtype" not in text and "scalar type" not in text:
         return "compare the shapes, and the ids and labels with the model's sizes; the cause is shown above"
     if any(isinstance(leaf, Tensor) and leaf.dtype == torch.float64 for _, leaf in named_leaves(part)):

@@ -76,7 +76,8 @@ class Entry:
     @property
     def healthy(self) -> bool:
         """Whether no loss that was measured then was NaN or infinite."""
-        losses = (self.metrics.get(name) for name in ("loss", "val_loss"))
+        evaluated = (name for name in self.metrics if name.startswith("val_") and name.endswith("_loss"))
+        losses = (self.metrics.get(name) for name in ("loss", *evaluated))
         return all(math.isfinite(loss) for loss in losses if isinstance(loss, (int, float)))
 
 

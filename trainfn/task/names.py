@@ -114,6 +114,9 @@ DIFFERENT = {
     "steps_per_epoch": "an epoch is one pass over the data; max_steps counts steps",
     # the machine
     "accelerator": _ONE_DEVICE,
+    "auto_find_batch_size": "here it is a function to call beforehand: trainfn.find_batch_size",
+    "auto_lr_find": "here it is a function to call beforehand: trainfn.find_lr",
+    "auto_scale_batch_size": "here it is a function to call beforehand: trainfn.find_batch_size",
     "devices": _ONE_DEVICE,
     "gpus": _ONE_DEVICE,
     "no_cuda": 'here it is device="cpu"',
