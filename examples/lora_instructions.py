@@ -3,7 +3,7 @@
 First all of the model learns "word>word.". Then it is frozen, and low-rank adapters beside its linear layers learn from
 instructions, "word!WORD.", of which the prompt ("word!") is not learnt. Words are made up, so nothing is downloaded.
 
-    python examples/lora_instructions.py --steps 200 --out-dir runs/lora
+    python examples/lora_instructions.py --steps 300 --out-dir runs/lora
 """
 
 import argparse
@@ -54,16 +54,21 @@ def examples(count: int, sign: str, seed: int) -> list[dict[str, object]]:
 def main() -> None:
     """Train the model, then adapters; write these, read them again, and answer with them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=200, help="of the model, and as many of the adapters")
+    parser.add_argument("--steps", type=int, default=300, help="of the model, and as many of the adapters")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out-dir", default="runs/lora")
     args = parser.parse_args()
-    common = {"task": "language_modeling", "batch_size": 64, "device": args.device, "resume": "auto", "lr": 3e-3}
+    common = {"task": "language_modeling", "batch_size": 64, "device": args.device, "resume": "auto"}
 
     torch.manual_seed(0)
     base = GPT()
     copying = trainfn.fit(
-        base, examples(20_000, ">", seed=0), max_steps=args.steps, out_dir=Path(args.out_dir) / "base", **common
+        base,
+        examples(20_000, ">", seed=0),
+        lr=3e-3,
+        max_steps=args.steps,
+        out_dir=Path(args.out_dir) / "base",
+        **common,
     )
     model = lora.add(copying.model(), "layers.*.linear?", rank=4, alpha=8.0)
     shouting = trainfn.fit(
@@ -71,6 +76,7 @@ def main() -> None:
         examples(20_000, "!", seed=1),
         val_data=examples(200, "!", seed=2),
         loss="peft_aware(language_modeling)",
+        lr=1e-2,
         max_steps=args.steps,
         out_dir=Path(args.out_dir) / "adapters",
         **common,

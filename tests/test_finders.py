@@ -55,20 +55,20 @@ def sweep(data: Any = (X, Y), loss: Any = "classification", made: nn.Module | No
 
 
 def loss_at(lr: float, optimizer: Any) -> float:
-    """The loss after 60 steps at a constant rate."""
+    """The loss after 40 steps at a constant rate."""
     result = trainfn.fit(
-        model(), (X, Y), loss="classification", optimizer=optimizer(lr), max_steps=60, log_every=20, progress=False,
-        device="cpu", compile="eager", on_spike="off", halt_after=60,
+        model(), (X, Y), loss="classification", optimizer=optimizer(lr), max_steps=40, log_every=10, progress=False,
+        device="cpu", compile="eager", on_spike="off", halt_after=40,
     )  # fmt: skip
     return float(result.history[-1]["loss"])
 
 
 @pytest.mark.parametrize("optimizer", [trainfn.optim.adamw, sgd])
 def test_the_suggestion_trains_nearly_as_well_as_the_best_rate(optimizer: Any) -> None:
-    found = sweep(optimizer=optimizer)
-    at = {rate: loss_at(rate, optimizer) for rate in (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)}
-    assert loss_at(found.suggestion, optimizer) < min(at.values()) + 0.25 * (at[1e-4] - min(at.values()))
-    assert max(at.values()) > at[1e-4] - 0.05, "control: not every rate does"
+    found = sweep(optimizer=optimizer, steps=60)
+    at = {rate: loss_at(rate, optimizer) for rate in (1e-4, 1e-2, 1e-1, 1.0)}
+    assert loss_at(found.suggestion, optimizer) < min(at.values()) + 0.3 * (at[1e-4] - min(at.values()))
+    assert at[1e-4] > 1.5 * min(at.values()), "control: not every rate does"
 
 
 def test_on_a_quadratic_the_suggestion_is_below_where_descent_is_unstable() -> None:
@@ -93,14 +93,14 @@ def test_on_a_quadratic_the_suggestion_is_below_where_descent_is_unstable() -> N
 
 
 def test_rates_grow_by_one_factor_and_losses_are_those_of_the_fold() -> None:
-    found = sweep(optimizer=sgd, start=1e-5, end=1e-2, steps=31)
-    assert (len(found.rates), found.ended) == (31, "it came to the last rate, 0.01")
+    found = sweep(optimizer=sgd, start=1e-5, end=1e-2, steps=16)
+    assert (len(found.rates), found.ended) == (16, "it came to the last rate, 0.01")
     assert found.rates[0] == pytest.approx(1e-5)
     assert found.rates[-1] == pytest.approx(1e-2)
     factors = [after / before for before, after in itertools.pairwise(found.rates)]
     assert max(factors) - min(factors) < 1e-4
     state = trainfn.init(model(), sgd(0.1))
-    made = trainfn.plan(model(), (X, Y), loss="classification", max_steps=31, device="cpu")
+    made = trainfn.plan(model(), (X, Y), loss="classification", max_steps=16, device="cpu")
     for number, rate in enumerate(found.rates):
         step = trainfn.make_step(model(), loss="classification", optimizer=sgd(rate), clip_norm=1.0)
         state = step(state, made.loader.batch(number))
@@ -119,18 +119,17 @@ def test_a_loss_that_is_not_finite_ends_the_sweep(bad: float) -> None:
 
 
 def test_a_loss_that_never_falls_has_no_suggestion() -> None:
-    assert sweep((X, torch.randint(0, 3, (400,))), lambda outputs, batch: (outputs * 0).sum()).suggestion is None
-    noise = sweep((X, NORMAL), "mse", start=1e-12, end=1e-9)
-    assert noise.suggestion is None
-    assert sweep((X, Y), start=1e-6, end=1.0).suggestion is not None, "control"
+    assert sweep((X, Y), lambda outputs, batch: (outputs * 0).sum(), steps=20).suggestion is None
+    assert sweep((X, NORMAL), "mse", start=1e-12, end=1e-9, steps=30).suggestion is None
+    assert sweep((X, Y), start=1e-6, end=1.0, steps=30).suggestion is not None, "control"
     assert suggested([], [], [], 100) is None
 
 
 def test_a_sweep_leaves_everything_as_it_was() -> None:
     untouched(lambda made, data: sweep(data, made=made, steps=20))
-    one, two = sweep(steps=20, seed=1), sweep(steps=20, seed=1)
+    one, two = sweep(steps=10, seed=1), sweep(steps=10, seed=1)
     assert one == two
-    assert sweep(steps=20, seed=2) != one
+    assert sweep(steps=10, seed=2) != one
     with pytest.raises(attrs.exceptions.FrozenInstanceError):
         one.suggestion = 1.0
 
@@ -159,15 +158,18 @@ def test_sweeps_that_are_none(settings: Any, message: str) -> None:
         sweep(**settings)
 
 
-def test_a_sweep_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = sweep(steps=20)
-    with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "matplotlib.figure", None)
-        with pytest.raises(MissingPackageError, match="pip install matplotlib"):
-            found.plot(tmp_path / "sweep.png")
+def test_drawing_a_sweep_needs_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(MissingPackageError, match="pip install matplotlib"):
+        sweep(steps=10).plot(tmp_path / "sweep.png")
+
+
+@pytest.mark.slow
+def test_a_sweep_is_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    assert found.plot(tmp_path / "sweep.svg").read_text().count("<path") > 10
+    found = sweep(steps=20)
     attrs.evolve(found, suggestion=None).plot(tmp_path / "none.png")
+    assert found.plot(tmp_path / "sweep.svg").read_text().count("<path") > 10
 
 
 # --- the batch size ---------------------------------------------------------------------------------------------------
@@ -212,7 +214,6 @@ def test_the_largest_that_fits_is_found_in_few_questions(most: int, bound: int) 
     [
         (lambda: torch.OutOfMemoryError("CUDA out of memory"), 1),
         (lambda: RuntimeError("DefaultCPUAllocator: can't allocate memory"), 3),
-        (lambda: MemoryError(), 1),
     ],
 )
 def test_the_largest_micro_batch_without_an_error_is_found(error: Any, accumulate: int) -> None:
@@ -225,10 +226,9 @@ def test_the_largest_micro_batch_without_an_error_is_found(error: Any, accumulat
 
 
 def test_the_data_and_the_caller_bound_it() -> None:
-    few = (X[:20], Y[:20])
-    assert search(Bounded(10**6), few).batch_size == 20
-    assert search(Bounded(10**6), few, accumulate=3).batch_size == 6
-    assert [trial.batch_size for trial in search(Bounded(10**6), most=5).trials] == [2, 4, 5]
+    few = (X[:7], Y[:7])
+    assert [trial.batch_size for trial in search(Bounded(10**6), few).trials] == [2, 4, 7]
+    assert search(Bounded(10**6), few, accumulate=3).batch_size == 2
     assert search(Bounded(10**6), most=1).batch_size == 1
 
 
@@ -246,7 +246,7 @@ def test_where_not_even_one_example_fits() -> None:
         search(Bounded(0))
     with pytest.raises(StepMemoryError, match=r"at most 1 bytes\n.*[0-9],[0-9]{3} bytes"):
         search(Hungry(), max_memory=1, headroom=0.0)
-    assert search(Bounded(1)).batch_size == 1
+    assert search(Bounded(1), most=2).batch_size == 1
 
 
 def test_an_error_that_is_not_about_memory_is_not_swallowed() -> None:
@@ -280,13 +280,13 @@ def test_on_a_host_memory_is_measured_and_what_will_not_fit_is_not_tried() -> No
     unfit = [trial for trial in found.trials if not trial.fits]
     assert unfit
     assert any(not trial.tried for trial in unfit), "what is foreseen not to fit is not run"
-    assert search(Hungry(), max_memory=limit, headroom=0.75, most=8).limit == limit // 4
+    assert search(Bounded(5), max_memory=limit, headroom=0.75, most=2).limit == limit // 4
     assert resident() - before < limit / 2, "what the tries took is given back"
     assert gc.get_freeze_count() == 0
 
 
 def test_a_search_leaves_everything_as_it_was() -> None:
-    untouched(lambda made, data: search(made, data, most=8))
+    untouched(lambda made, data: search(made, data, most=2))
 
 
 @pytest.mark.parametrize(

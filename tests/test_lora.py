@@ -73,6 +73,25 @@ def test_merged_is_the_same_function_of_the_layers_alone(transposed: bool) -> No
         lora.merge(merged)
 
 
+@pytest.mark.parametrize("pattern", ["linear1", "linear?", "self_attn.out_proj"])
+def test_a_module_that_reads_weights_past_the_forward_reads_the_adapters_too(pattern: str) -> None:
+    """PyTorch's encoder does, set to evaluate; and its attention always does."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    x = torch.randn(2, 3, 8)
+    plain = layer(x)
+    lora.add(layer, pattern)
+    for adapter in lora.adapters(layer).values():
+        nn.init.normal_(adapter.lora_B)
+    slow = layer(x)
+    slow.sum().backward()
+    assert all(bool(adapter.lora_A.grad.any()) for adapter in lora.adapters(layer).values())  # type: ignore[union-attr]
+    with torch.no_grad():
+        fast = layer.eval()(x)
+    torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(slow, plain, atol=1e-2)
+
+
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     result = trained(lora.add(net(), ["0", "2.0"], rank=3, alpha=6.0, dropout=0.1))
     folder = lora.save(result.model(), tmp_path / "runs" / "adapter")

@@ -57,6 +57,16 @@ class Adapted(nn.Module):
         added = F.linear(F.linear(self.dropout(x), self.lora_A), self.lora_B)
         return cast(Tensor, self.base(x)) + added * (self.alpha / self.rank)
 
+    @property
+    def weight(self) -> Tensor:
+        """The weight of the one layer that both come to: for modules that read it past the forward, as PyTorch's do."""
+        return cast(Tensor, self.base.weight) + self.change()
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The layer's bias."""
+        return cast("Tensor | None", self.base.bias)
+
     def change(self) -> Tensor:
         """Return what the adapter comes to, in the form of the layer's weight."""
         product = (self.lora_B @ self.lora_A) * (self.alpha / self.rank)
