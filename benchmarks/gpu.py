@@ -241,7 +241,7 @@ class Running:
     def run(self, steps: int) -> float:
         import sys
 
-        module, state = sys.modules["trainfn.fit"], None
+        module, state = sys.modules["trainfn.loop"], None
         kept = module.prefetched
         if not self.prefetch:
             module.prefetched = lambda batches, lane: batches  # the run then copies on the stream of its steps

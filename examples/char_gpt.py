@@ -56,18 +56,6 @@ class GPT(nn.Module):
         return self.head(self.norm(self.blocks(x)))  # (B, T, 256)
 
 
-@torch.no_grad()
-def sample(model: nn.Module, prompt: str = "The ", length: int = 200) -> str:
-    """Continue a prompt, one byte at a time, at temperature 0.8."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.tensor([list(prompt.encode())])
-    for _ in range(length):
-        logits = model(ids[:, -CONTEXT:])[0, -1]
-        following = torch.multinomial((logits / 0.8).softmax(-1), 1, generator=generator)
-        ids = torch.cat([ids, following[None]], dim=1)
-    return trainfn.data.ByteText.decode(ids[0])
-
-
 def main() -> None:
     """Train, and show what was learnt."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -80,10 +68,8 @@ def main() -> None:
     text = "\n\n".join(topics[name] for name in sorted(topics)).encode()
     held_out = len(text) // 10
     torch.manual_seed(1)
-    model = GPT()
-    print(f"before:\n{sample(model.eval())!r}\n")
     result = trainfn.fit(
-        model,
+        GPT(),
         trainfn.data.ByteText(text[:-held_out], length=CONTEXT, stride=1),
         val_data=trainfn.data.ByteText(text[-held_out:], length=CONTEXT),
         loss="language_modeling",
@@ -97,7 +83,8 @@ def main() -> None:
         out_dir=args.out_dir,
         resume="auto",
     )
-    print(f"\nafter:\n{sample(result.model())}\n")
+    tokenizer = trainfn.data.ByteTokenizer()
+    print(result.generate("The ", max_new_tokens=200, temperature=0.8, context=CONTEXT, tokenizer=tokenizer), "\n")
     if result.best is not None:
         print(f"best validation loss: {result.best['val_loss']:.3f} nats per byte, at step {result.best['step']}")
 

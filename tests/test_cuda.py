@@ -18,8 +18,8 @@ from trainfn.engine.compile import CompiledStep
 from trainfn.engine.cudagraph import Capturing
 from trainfn.errors import CompileError
 from trainfn.loss import classification
-from trainfn.observers import fetched
 from trainfn.optim import adamw, matrices_and_others, muon, partition, sgd, warmup_cosine
+from trainfn.reports import fetched
 from trainfn.state import TrainState
 from trainfn.tree import digest, map_leaves, named_leaves
 
@@ -285,7 +285,7 @@ def test_a_run_is_the_same_with_and_without_prefetching(monkeypatch: pytest.Monk
         )
 
     with_it = train()
-    monkeypatch.setattr(sys.modules["trainfn.fit"], "prefetched", lambda batches, lane: batches)
+    monkeypatch.setattr(sys.modules["trainfn.loop"], "prefetched", lambda batches, lane: batches)
     assert train() == with_it
 
 

@@ -170,7 +170,7 @@ def test_an_observer_is_named_and_the_state_before_it_saved(tmp_path: Path) -> N
         train(out_dir=tmp_path, observers=[plots])
     named, saved = raised.value.__notes__
     assert named.startswith("It was raised by the observer test_an_observer_is_named")
-    assert named.endswith("plots, after step 7.")
+    assert named.endswith("plots in on_step, after step 7.")
     assert saved == f"The state after step 7 is saved in {tmp_path / 'step_00000007'}."
     goes_on(tmp_path)
 
@@ -209,7 +209,7 @@ def test_where_nothing_can_be_saved_the_error_says_that_too(tmp_path: Path, monk
     def full(*_: Any, **__: Any) -> Path:
         raise CheckpointError("The disk refused: No space left on device.")
 
-    monkeypatch.setattr(sys.modules["trainfn.fit"], "save", full)
+    monkeypatch.setattr(sys.modules["trainfn.loop"], "save", full)
     with pytest.raises(DataError) as raised:
         train(Numbers(fails, where="here"), out_dir=tmp_path, check_data=False)
     assert raised.value.__notes__ == [
@@ -312,6 +312,6 @@ def test_the_user_may_choose_to_go_on_without_it(tmp_path: Path) -> None:
         result = train(out_dir=run, observers=[takes], on_save_error="warn")
     assert (result.state.cursor, len(result.history)) == (20, 4)
     said = [str(one.message) for one in told]
-    assert sum("row of the history was not written" in text for text in said) == 3
+    assert sum("row of the history was not written" in text for text in said) == 5  # three of steps, two of epochs
     assert sum("A checkpoint was not saved" in text for text in said) == 1
     assert not run.exists()

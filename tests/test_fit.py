@@ -6,6 +6,7 @@ import io
 import json
 import sys
 
+import attrs
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from tests.strategies import of_bad_numbers
 from trainfn.errors import DivergenceError, DonatedStateError
 from trainfn.fit import carry_out
 from trainfn.header import header
-from trainfn.observers import Progress
+from trainfn.progress import Progress
 from trainfn.tree import digest
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -60,6 +61,8 @@ def test_ema_is_evaluated_and_returned():
 def test_history_on_disk_is_the_history_returned(tmp_path):
     result = train(max_steps=25, log_every=10, eval_every=5, val_data=(X, Y), out_dir=tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    assert [line for line in lines if line.get("kind") == "epoch"] == result.epochs
+    lines = [line for line in lines if "kind" not in line]
     assert lines == result.history
     assert [row["step"] for row in lines] == [5, 10, 15, 20, 25]
     assert all({"loss", "val_loss", "grad_norm", "lr", "epoch", "skipped"} <= set(row) for row in lines)
@@ -72,7 +75,7 @@ def test_history_is_written_as_it_goes(tmp_path):
     train(
         max_steps=30,
         out_dir=tmp_path,
-        observers=[lambda state: seen.append(len((tmp_path / "history.jsonl").read_text().splitlines()))
+        observers=[lambda state: seen.append((tmp_path / "history.jsonl").read_text().count("verdict"))
                    if state.cursor in (11, 21) else None],
     )  # fmt: skip
     assert seen == [1, 2]
@@ -131,13 +134,11 @@ def test_progress_is_a_bar_on_a_terminal():
             return True
 
     made = trainfn.plan(make_model(), (X, Y), loss="classification", max_steps=3, device="cpu")
-    progress, screen = None, Terminal()
-    progress = Progress(made, screen)
-    for state in trainfn.run(made):
-        progress.step(state)
-    progress.end("the end")
+    screen = Terminal()
+    done = carry_out(attrs.evolve(made, config=attrs.evolve(made.config, progress=False)), [Progress(made, screen)])
+    assert done.state.cursor == 3
     assert "3/3" in screen.getvalue()
-    assert "the end" in screen.getvalue()
+    assert "done: step 3 of 3" in screen.getvalue()
 
 
 def test_fast_dev_run_is_short_and_writes_nothing(tmp_path):

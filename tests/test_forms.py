@@ -196,8 +196,9 @@ def test_a_frame_is_read_by_the_target_of_the_task() -> None:
         {name: values[Y.numpy() > 0] for name, values in columns().items()} | {"kind": ["abc"[y] for y in Y if y]}
     )
     planned = trainfn.plan(nn.Linear(4, 3), words, val_data=few, task=task, max_steps=1, device="cpu", batch_size=SIZE)
-    assert planned.val_loader is not None
-    assert torch.equal(planned.val_loader.batch(0)["labels"], Y[Y > 0][:SIZE]), "numbered as in the training data"
+    assert torch.equal(planned.val_loaders["val"].batch(0)["labels"], Y[Y > 0][:SIZE]), (
+        "numbered as in the training data"
+    )
     with pytest.raises(DataError, match=r"Which column.*\n.*\n.*read_frame"):
         fit(Frame(columns()))
     with pytest.raises(DataError, match=r"no such column[^$]*did you mean 'kind'"):

@@ -13,7 +13,7 @@ import trainfn
 from trainfn.data import Loader, collator
 from trainfn.errors import DataError, ModelError
 from trainfn.health import HealthWarning
-from trainfn.task.guard import DataWarning, sample
+from trainfn.task.guard import EXAMPLES, DataWarning
 from trainfn.tree import digest
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -187,12 +187,12 @@ def test_a_sample_is_from_all_over_the_data_and_small() -> None:
             return super().__getitem__(index)
 
     loader = Loader(Counted(range(100_000)), batch_size=10, shuffle=False)
-    batches = list(sample(loader))
+    batches = list(loader.sample(EXAMPLES))
     assert len(batches) == 8
     assert len(asked) == 80
     assert [int(asked[0]), int(asked[-1])] == [0, 99_999]
-    assert len(list(sample(Loader(torch.arange(5), batch_size=10)))) == 1
-    assert len(list(sample(Loader(torch.arange(10**6), batch_size=10**5)))) == 2
+    assert len(list(Loader(torch.arange(5), batch_size=10).sample(EXAMPLES))) == 1
+    assert len(list(Loader(torch.arange(10**6), batch_size=10**5).sample(EXAMPLES))) == 2
 
 
 def test_a_model_that_takes_another_width_says_so_for_float64_features() -> None:

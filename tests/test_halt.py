@@ -19,9 +19,9 @@ from trainfn.diagnose import Diagnosis
 from trainfn.diagnose.diagnosis import Part
 from trainfn.errors import CheckpointError, ConfigError, DivergenceError
 from trainfn.health import HealthWarning, Verdict
-from trainfn.observers import Recorder
 from trainfn.optim import adamw, sgd
 from trainfn.plan import plan
+from trainfn.recorder import Recorder
 from trainfn.tree import digest, evolve
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -306,7 +306,7 @@ def test_a_state_that_cannot_be_saved_does_not_hide_why_the_run_ends(
     def full(*_: Any, **__: Any) -> Path:
         raise CheckpointError("The disk refused: No space left on device.")
 
-    monkeypatch.setattr(sys.modules["trainfn.fit"], "save", full)
+    monkeypatch.setattr(sys.modules["trainfn.loop"], "save", full)
     assert "intact, but could not be saved: The disk refused" in str(halted(make_model(), out_dir=tmp_path))
 
 

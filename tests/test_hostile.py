@@ -7,7 +7,6 @@ import json
 import os
 import pickle
 import shutil
-import signal
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import nn
 
 import trainfn
 from tests.crash.faults import make_state
+from tests.deadline import deadline
 from trainfn.errors import CheckpointError
 from trainfn.store import save
 from trainfn.store.manifest import sha256
@@ -43,14 +43,8 @@ def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(autouse=True)
 def _two_seconds() -> Iterator[None]:
-    def late(*_: object) -> None:
-        raise TimeoutError("two seconds are over")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, 2.0)
-    yield
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    signal.signal(signal.SIGALRM, before)
+    with deadline(2):
+        yield
 
 
 def packed(header: Any, data: bytes = b"") -> bytes:

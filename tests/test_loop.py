@@ -15,7 +15,7 @@ import trainfn
 from trainfn.data import Loader, prefetched
 from trainfn.engine import collecting_at_rows
 from trainfn.errors import CompileError, ConfigError, DataError
-from trainfn.observers import fetched, taken_apart
+from trainfn.reports import fetched, taken_apart
 from trainfn.tree import digest
 
 X = torch.randn(24, 4, generator=torch.Generator().manual_seed(0))
@@ -99,7 +99,7 @@ def test_on_a_cpu_no_batch_is_prefetched(monkeypatch: pytest.MonkeyPatch) -> Non
     def refuse(*_: Any) -> None:
         raise AssertionError("not on a CPU")
 
-    monkeypatch.setattr(sys.modules["trainfn.fit"], "prefetched", refuse)
+    monkeypatch.setattr(sys.modules["trainfn.loop"], "prefetched", refuse)
     train(max_steps=2)
 
 
@@ -125,7 +125,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let runs set the collector from their first row on, however short they are."""
     import sys
 
-    monkeypatch.setattr(sys.modules["trainfn.fit"], "collecting_at_rows", lambda: collecting_at_rows(after=0))
+    monkeypatch.setattr(sys.modules["trainfn.loop"], "collecting_at_rows", lambda: collecting_at_rows(after=0))
 
 
 @pytest.mark.usefixtures("at_once")

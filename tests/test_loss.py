@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from types import SimpleNamespace
 from typing import Any
 
 import attrs
@@ -203,6 +204,10 @@ LOGITS = torch.arange(6.0).reshape(2, 3)
         {"loss": torch.ones(()), "logits": LOGITS},
         Output(logits=LOGITS),
         OrderedOutput(loss=torch.ones(()), logits=LOGITS),
+        ({"logits": LOGITS}, "hidden states"),
+        ((LOGITS, "auxiliary"), None),
+        {"out": LOGITS, "aux": torch.ones(2)},
+        SimpleNamespace(output=LOGITS),
     ],
     ids=lambda outputs: type(outputs).__name__,
 )

@@ -189,7 +189,7 @@ VARIANTS: dict[str, tuple[Loss, Case]] = {
     "low precision safe": (losses.low_precision_safe(in_the_outputs_dtype), Case(aligned, TOKENS, (6,))),
     "peft aware": (losses.peft_aware("segmentation"), Case(pixels, (CLASSES, 2, 3), (2, 3))),
 }
-REGISTERED = losses.names()  # now: a doctest registers one more, later
+REGISTERED = [name for name in losses.names() if name != "own"]  # now: a doctest registers one more, later
 NAMES = [*REGISTERED, *VARIANTS]
 
 

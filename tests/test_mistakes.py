@@ -7,6 +7,7 @@ import os
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 import trainfn
 from trainfn.errors import ConfigError, DataError, ModelError, TrainfnError
@@ -106,12 +107,69 @@ def test_empty_data(data):
     refused(DataError, data=data)
 
 
+class Objects:
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        return object()
+
+
+def of_objects(items):
+    return {"input": items, "labels": torch.zeros(len(items), dtype=torch.long)}
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (Objects(), ["must contain tensors", "found <class 'object'>", "collate="]),
+        (DataLoader(Objects(), batch_size=2, collate_fn=list), ["no tensor with a batch dimension", "0: object"]),
+        (DataLoader(Objects(), batch_size=2, collate_fn=of_objects), ["input.0 holds object objects", "make tensors"]),
+        ([("to be", 0), ("or not", 1)], ["0.0 holds str objects", "trainfn.data.Tokenized"]),
+    ],
+)
+def test_python_objects_in_place_of_tensors(data, words):
+    refused(DataError, *words, data=data)
+
+
+IMAGES = [(torch.zeros(3, 8, 8), 0)] * 5
+
+
+@pytest.mark.parametrize("settings", [{}, {"loss": None, "task": "vision_classification"}])
+def test_an_image_of_another_shape(settings):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
+    data = [*IMAGES, (torch.zeros(3, 9, 8), 1)]
+    words = ["differ in shape", "[3, 8, 8]", "[3, 9, 8]", "trainfn.data.ImageFolder(path, size="]
+    refused(DataError, *words, model=net, data=data, batch_size=6, **settings)
+    refused(ModelError, "6x216 and 192x3", "float32[6, 3, 9, 8]", model=net, data=data[5:] * 6, **settings)
+    task = trainfn.TaskSpec(kind="vision_classification", shapes={"image": (3, 8, 8)})
+    words = ["shape that the task says", "[3, 8, 8]", "[3, 9, 8]"]
+    refused(DataError, *words, model=net, data=data[5:] * 6, loss=None, task=task)
+
+
+@pytest.mark.parametrize("rows", [[[1.0, 2.0, 3.0], [1.0, 2.0]], [([1.0, 2.0], 0), ([1.0], 1)]])
+def test_ragged_lists_without_a_collator(rows):
+    refused(DataError, "differ in shape", 'collate="text" pads sequences', data=rows)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("", ["The file is empty"]), ("a,b\n", ["no rows", "a, b"]), ("a,b\n1,2\n", ["no such column", "'price'"])],
+)
+def test_a_table_without_rows_or_target(tmp_path, text, words):
+    (tmp_path / "table.csv").write_text(text)
+    with pytest.raises(DataError) as caught:
+        trainfn.data.read_csv(tmp_path / "table.csv", target="price")
+    for word in words:
+        assert word in str(caught.value)
+
+
 def test_data_of_an_unsupported_kind():
-    refused(DataError, data=iter([X]))
+    refused(DataError, data={1, 2})
 
 
 def test_neither_max_steps_nor_max_epochs():
-    refused(ConfigError, "max_steps and max_epochs both missing", max_steps=None)
+    refused(ConfigError, "max_steps, max_epochs and max_seconds all missing", max_steps=None)
 
 
 def test_unwritable_out_dir(tmp_path):

@@ -214,6 +214,77 @@ def test_compiled_runs_go_back_without_compiling_again(tmp_path: Path) -> None:
     assert digest(result.state) == digest(by_hand((X, Y), skipped=(3, 5), compile="graph", halt_after=1))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["graph", "accum"])
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_a_lower_rate_is_no_other_program(mode: str, tmp_path: Path) -> None:
+    whole = train(spoilt(17), tmp_path / "whole", compile=mode, **LOWERS)  # to compile twice is warned of
+    for cut in (6, 9):
+        again = train(spoilt(17), tmp_path / "cut", compile=mode, max_steps=cut, resume="auto", **LOWERS)
+    assert digest(again.state) == digest(whole.state)
+    assert [row["lr"] for row in whole.history if "lr" in row][-1] == 0.005
+
+
+# --- a lower learning rate
+
+
+LOWERS = ROLLS_BACK | {"rollback_lr_factor": 0.5, "max_rollbacks": 4}
+
+
+def lowered_by_hand(*windows: tuple[int, int], stop: int, lr: float = 0.01, **settings: Any) -> trainfn.TrainState:
+    """The fold without the windows, by an optimizer that has half the rate after each: halves are exact."""
+    state, end = None, 0
+    for begin, after in (*windows, (stop, stop)):
+        made = trainfn.plan(make_model(), (X, Y), **options(max_steps=stop, optimizer=adamw(lr=lr), **settings))
+        if state is None:  # a factor of 1, and so the same kernels
+            state = evolve(made.state, lr_factor=torch.ones((), dtype=torch.float64))
+        for cursor in range(end, begin):
+            state = made.step(evolve(state, cursor=cursor), made.loader.batch(cursor))
+        end, lr = after, lr / 2
+    return state
+
+
+def test_the_learning_rate_is_lowered_each_time_and_that_is_kept(tmp_path: Path) -> None:
+    whole = train(spoilt(17, 33), tmp_path / "whole", max_steps=14, **LOWERS)
+    (found,) = trainfn.inspect(tmp_path / "whole").config["rollbacks"][1:]
+    by_hand_state = lowered_by_hand((3, 5), tuple(found), stop=14, halt_after=1)
+    assert digest(whole.state.params) == digest(by_hand_state.params)
+    assert digest(whole.state.opt) == digest(by_hand_state.opt)
+    assert float(whole.state.lr_factor) == 0.25
+    told = {row["step"]: row["lr_factor"] for row in whole.history if "lr_factor" in row}
+    assert told == {5: 0.5, 9: 0.25}
+    assert [row["lr"] for row in whole.history if row["step"] in (3, 6, 14)] == [0.01, 0.005, 0.0025]
+    for cut in (4, 7, 11, 14):
+        again = train(spoilt(17, 33), tmp_path / "cut", max_steps=cut, resume="auto", **LOWERS)
+    assert float(again.state.lr_factor) == 0.25
+    assert [row["lr"] for row in again.history if row["step"] == 14] == [0.0025]
+
+
+def test_a_run_that_lowered_it_and_was_cut_is_the_run_that_was_not(tmp_path: Path) -> None:
+    whole = train(spoilt(17), tmp_path / "whole", **LOWERS)
+    for cut in (3, 6, 7, 9):
+        again = train(spoilt(17), tmp_path / "cut", max_steps=cut, resume="auto", **LOWERS)
+    assert digest(again.state) == digest(whole.state)
+    kept = train(spoilt(17), tmp_path / "cut", max_steps=10, resume="auto")  # asked for no more, and kept
+    assert float(kept.state.lr_factor) == 0.5
+
+
+def test_control_it_is_what_makes_the_difference_and_costs_nothing_otherwise(tmp_path: Path) -> None:
+    plain = train(spoilt(17), tmp_path / "plain", **ROLLS_BACK)
+    assert plain.state.lr_factor is None
+    assert "lr_factor" not in trainfn.inspect(tmp_path / "plain").tensors
+    assert not any("lr_factor" in row for row in plain.history)
+    assert digest(plain.state.params) != digest(train(spoilt(17), tmp_path / "lower", **LOWERS).state.params)
+
+
+def test_a_run_without_it_may_be_resumed_with_it(tmp_path: Path) -> None:
+    train((X, Y), tmp_path, max_steps=4)
+    result = train(spoilt(33), tmp_path, resume="auto", max_steps=10, **LOWERS)
+    assert float(result.state.lr_factor) == 0.5
+    with pytest.raises(ConfigError, match="rollback_lr_factor without on_divergence"):
+        train((X, Y), None, rollback_lr_factor=0.5)
+
+
 def test_it_needs_a_run_directory(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no checkpoints to go back to"):
         train((X, Y), None, on_divergence="rollback")

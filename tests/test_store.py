@@ -6,7 +6,6 @@ import json
 import math
 import os
 import pickle
-import signal
 import socket
 import struct
 import warnings
@@ -20,6 +19,7 @@ import torch
 
 import trainfn.store
 from tests.crash.faults import hidden, make_state
+from tests.deadline import deadline
 from trainfn import tree
 from trainfn.errors import CheckpointError, TrainfnError
 from trainfn.store import (
@@ -44,15 +44,8 @@ STATE, MANIFEST = "state.safetensors", "manifest.json"
 @pytest.fixture(autouse=True)
 def _deadline() -> Iterator[None]:
     """Nothing here may wait: not for a FIFO's writer, not for a gigabyte of header."""
-
-    def late(*_: object) -> None:
-        raise TimeoutError("10 seconds are over")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(10)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
+    with deadline(10):
+        yield
 
 
 @pytest.fixture
@@ -307,7 +300,9 @@ def test_the_current_directory_may_be_the_step(step: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("name", [STATE, MANIFEST])
 @pytest.mark.parametrize("kind", ["link", "dangling link", "fifo", "directory", "socket", "device", "absent"])
-def test_only_regular_files_are_opened(step: Path, tmp_path: Path, name: str, kind: str) -> None:
+def test_only_regular_files_are_opened(
+    step: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, kind: str
+) -> None:
     path = step / name
     kept = path.rename(tmp_path / "kept")
     if kind.endswith("link"):
@@ -317,8 +312,9 @@ def test_only_regular_files_are_opened(step: Path, tmp_path: Path, name: str, ki
     elif kind == "directory":
         path.mkdir()
     elif kind == "socket":
+        monkeypatch.chdir(step)  # a socket's path has at most 107 bytes
         with socket.socket(socket.AF_UNIX) as server:
-            server.bind(os.path.relpath(path))  # a socket's path has at most 107 bytes
+            server.bind(name)
     elif kind == "device":
         try:
             os.mknod(path, 0o600 | 0o020000, os.makedev(1, 5))  # /dev/zero

@@ -4,30 +4,28 @@ from __future__ import annotations
 
 import os
 import tempfile
-import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from trainfn.errors import ConfigError, suggest
+from trainfn.errors import ConfigError, suggest, warn
 from trainfn.health import forgiven
 from trainfn.state import TrainState
-from trainfn.store import CheckpointWarning, Manifest, Retention, restore, steps
-from trainfn.task.config import TrainConfig
+from trainfn.store import CheckpointWarning, CheckpointWriteError, Manifest, Retention, restore, steps
+from trainfn.task import ConfigDiff, TrainConfig
+from trainfn.task.config import differences
+from trainfn.task.files import CONFIG_FILE
 from trainfn.tree import evolve
 
-HARMLESS = {
-    "max_steps", "max_epochs", "eval_every", "log_every", "save_every", "save_every_minutes", "save_async",
-    "on_save_error", "keep_last", "keep_best", "keep_every", "monitor", "mode", "out_dir", "resume", "workers",
-    "health_every", "noise_scale_every", "progress", "fast_dev_run", "check_data", "stop", "cuda_graph",
-    "on_divergence", "max_rollbacks", "worker_timeout",
-}  # fmt: skip
-"""Settings that may change from one part of a run to the next without changing one bit of its states."""
+POSITION = "position"
+"""Under this name, where a stream was is among the settings in a manifest."""
 
-_UNSAID = {"resume", "out_dir", "progress", "stop", "compile", "compile_mode", "threads", "hardware"}
-_POSITION = ("seed", "batch_size", "accumulate", "shuffle", "drop_last")
+_POSITION = (
+    "seed", "batch_size", "accumulate", "shuffle", "drop_last", "limit_train_batches", "overfit_batches",
+    "group_by_length",
+)  # fmt: skip
 _BETTER: dict[Literal["max", "min"], tuple[str, ...]] = {
     "max": ("accuracy", "f1", "r2"),
     "min": ("loss", "perplexity", "error", "ece", "grad_norm"),
@@ -63,24 +61,26 @@ def check_writable(out_dir: str | os.PathLike[str] | None) -> None:
         ) from error
 
 
-def make_retention(config: TrainConfig, metrics: Iterable[str], *, evaluated: bool) -> Retention:
+def make_retention(config: TrainConfig, metrics: Iterable[str], sets: Sequence[str]) -> Retention:
     """Return which checkpoints the settings keep.
 
     Args:
         config: the settings.
         metrics: names of what is measured besides the loss.
-        evaluated: whether there is data to evaluate on.
+        sets: what the columns of each set that is evaluated on begin with: ``["val"]`` of a single one.
 
     Raises:
         ConfigError: nothing of the monitored name is measured, or ``mode="auto"`` does not know it.
 
     >>> config = TrainConfig(max_steps=1, monitor="val_accuracy", keep_best=3)
-    >>> make_retention(config, ["accuracy"], evaluated=True)
+    >>> make_retention(config, ["accuracy"], ["val"])
     Retention(last=2, best=3, monitor='val_accuracy', mode='max', every=None)
     """
-    monitor = config.monitor or ("val_loss" if evaluated else "loss")
-    measured = ["val_loss", *(f"val_{name}" for name in metrics)] if evaluated else []
-    known = ["loss", "grad_norm", *measured]
+    monitor = config.monitor or (f"{sets[0]}_loss" if sets else "loss")
+    names = ["loss", *metrics]
+    measured = [f"{prefix}_{name}" for prefix in sets for name in names]
+    noise = ["noise_scale"] if config.noise_scale_every is not None else []
+    known = ["loss", "grad_norm", "weight", "lr", "examples_per_second", "counted_per_second", *noise, *measured]
     # One metric may have several results, val_f1_cat and val_f1_dog; which, only measuring tells.
     if not any(monitor == name or (name in measured and monitor.startswith(f"{name}_")) for name in known):
         raise ConfigError("Nothing of this name is measured.", got=f"monitor={monitor!r}", hint=suggest(monitor, known))
@@ -105,12 +105,36 @@ def machine(device: torch.device) -> dict[str, Any]:
     return {"threads": torch.get_num_threads(), "hardware": hardware}
 
 
-def changes(manifest: Manifest, record: Mapping[str, Any]) -> dict[str, str]:
-    """Return the settings that differ between a checkpoint and this run, by name, as ``then -> now``."""
-    new = {**record["config"], "optimizer": record["optimizer"]}
-    old = {**manifest.config, "optimizer": manifest.optimizer}
-    differ = [name for name in new if name not in _UNSAID and old.get(name) != new[name]]
-    return {name: f"{old.get(name)} -> {new[name]}" for name in differ}
+def changes(manifest: Manifest, record: Mapping[str, Any]) -> ConfigDiff:
+    """Return in what this run differs from the one that wrote a checkpoint: settings, loss, task and optimizer."""
+    old, new = ({**each, "optimizer": by} for each, by in (
+        (manifest.config, manifest.optimizer), (record["config"], record["optimizer"])
+    ))  # fmt: skip
+    old["compile"] = old.get("compile_mode", "auto")
+    if new["compile"] == "auto":  # a run keeps the mode that it was begun in
+        new["compile"] = old["compile"]
+    return differences(old, new)
+
+
+def write_config(config: TrainConfig) -> None:
+    """Write the settings of a run into its directory, unless they are there.
+
+    Raises:
+        CheckpointWriteError: the disk refused, with ``on_save_error="stop"``; else that is warned of.
+
+    >>> with tempfile.TemporaryDirectory() as home:
+    ...     write_config(TrainConfig(max_steps=10, out_dir=home))
+    ...     TrainConfig.load(home).max_steps
+    10
+    """
+    path = Path(config.out_dir or "", CONFIG_FILE)
+    try:
+        if not (path.is_file() and path.read_text(encoding="utf-8") == config.to_toml()):
+            config.save(path)
+    except (CheckpointWriteError, OSError, ValueError) as error:
+        if config.on_save_error == "stop":
+            raise
+        warn(f"The settings were not written, and the run goes on: {error}", CheckpointWarning)
 
 
 def resume(
@@ -136,7 +160,14 @@ def resume(
     if config.resume == "auto" and not found:
         return state, None, None
     source = config.out_dir if config.resume == "auto" else config.resume
-    state, manifest = restore(source or "", like=state, also=lambda manifest: _obstacles(manifest, record))
+    fresh = state
+    state, manifest = restore(
+        source or "",
+        like=lambda manifest: with_factor_of(manifest, fresh),
+        also=lambda manifest: _obstacles(manifest, record),
+    )
+    if fresh.lr_factor is not None and state.lr_factor is None:
+        state = evolve(state, lr_factor=fresh.lr_factor)
     if bool(state.health.halted):  # it was halted, and someone has decided to go on
         state = evolve(state, health=forgiven(state.health))
     newer = [path.name for path in found if config.resume != "auto" and path.name > f"step_{state.cursor:08d}"]
@@ -152,14 +183,22 @@ def resume(
     return state, path if path.name.startswith("step_") else path / f"step_{state.cursor:08d}", manifest
 
 
+def with_factor_of(manifest: Manifest, state: TrainState) -> TrainState:
+    """Return a state of this structure that has a factor for its learning rate where the saved one has."""
+    if "lr_factor" not in manifest.tensors:
+        return evolve(state, lr_factor=None)
+    return evolve(state, lr_factor=torch.ones_like(state.report.lr))
+
+
 def _obstacles(manifest: Manifest, record: Mapping[str, Any]) -> list[str]:
     """Return what keeps a run from going on from a checkpoint, besides the leaves of its state.
 
     The cursor counts batches: it means the same examples only for the same data, cut the same way. Moments of one
     optimizer may have the names and shapes of another's; its settings may change.
     """
-    old = {name: manifest.config.get(name) for name in _POSITION} | {"data": manifest.data}
-    new = {name: record["config"][name] for name in _POSITION} | {"data": record["data"]}
+    changed = changes(manifest, record).changed
+    old, new = ({name: changed[name][of] for name in _POSITION if name in changed} for of in (0, 1))
+    old["data"], new["data"] = manifest.data, record["data"]
     old["optimizer"], new["optimizer"] = (text.partition("(")[0] for text in (manifest.optimizer, record["optimizer"]))
     names = manifest.tied.keys() | record["tied"].keys()
     for name in names:
@@ -176,4 +215,4 @@ def _warn_of_other_bits(manifest: Manifest, record: Mapping[str, Any]) -> None:
     differ = [f"{name} {then[name]} then, {now[name]} now" for name in then if then[name] not in (None, now[name])]
     if differ:
         text = f"The run goes on, but not bit for bit as it would have: {'; '.join(differ)}."
-        warnings.warn(text, CheckpointWarning, stacklevel=6)
+        warn(text, CheckpointWarning)

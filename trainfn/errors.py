@@ -8,6 +8,8 @@ keeps working. Mistakes of one kind are collected first and raised together.
 from __future__ import annotations
 
 import difflib
+import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -131,6 +133,21 @@ def listed(values: Sequence[object], most: int = 64) -> str:
     '3, 1, ...'
     """
     return ", ".join(map(str, values[:most])) + (", ..." if len(values) > most else "")
+
+
+def warn(text: str, category: type[Warning]) -> None:
+    """Warn of something at the place outside this package that led to it, such as the call of ``fit``.
+
+    >>> import warnings
+    >>> with warnings.catch_warnings(record=True, action="always") as told:
+    ...     warn("It goes on.", UserWarning)
+    >>> "trainfn" in told[0].filename
+    False
+    """
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "trainfn":
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, category, stacklevel=level)
 
 
 def _rebuild(cls: type[TrainfnError], what: str, fields: dict[str, object]) -> TrainfnError:

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from trainfn.attention import attending
 from trainfn.batch import Batch, micro_batches
-from trainfn.data import Loader, to_device
+from trainfn.data import Feed, Loader, Stream, is_stream, make_feed, to_device
 from trainfn.data.forms import read_data_loader
 from trainfn.engine import CompiledStep
 from trainfn.errors import ConfigError
@@ -63,24 +64,30 @@ def evaluate(
     >>> evaluate(step, state, (torch.zeros(5, 2), torch.zeros(5, dtype=torch.long)), batch_size=2)["weight"]
     5.0
     """
-    if isinstance(data, DataLoader):
+    if isinstance(data, DataLoader) and not is_stream(data):
         read = read_data_loader(data)
         data, collate = read.dataset, collate or read.collate
-    loader = data if isinstance(data, Loader) else Loader(data, batch_size=batch_size, shuffle=False, collate=collate)
+    loader = data
+    if not isinstance(loader, (Loader, Stream)):
+        loader = make_feed(data, batch_size=batch_size, shuffle=False, collate=collate)
     if ema and state.ema is None:
         raise ConfigError("The state has no moving average.", got="ema=True", hint="init(..., ema=True)")
     chosen = [metrics] if isinstance(metrics, (str, Metric)) else metrics
     strategy = (step.step if isinstance(step, CompiledStep) else step).strategy
     measured = [resolve(metric, strategy) for metric in chosen]
-    return _means(step, state, loader, measured, loader.batches_per_epoch, ema=ema)
+    return _means(step, state, loader, measured, ema=ema)
 
 
 def evaluate_plan(planned: Plan, state: TrainState) -> dict[str, float]:
-    """Return what a plan evaluates, as the columns of a row: ``val_loss`` and ``val_`` and each metric's name."""
-    assert planned.val_loader is not None
-    limit = 2 if planned.config.fast_dev_run else planned.val_loader.batches_per_epoch
-    found = _means(planned.step, state, planned.val_loader, planned.metrics, limit, ema=state.ema is not None)
-    return {f"val_{name}": value for name, value in found.items() if name != "weight"}
+    """Return what a plan evaluates, as the columns of a row: ``val_loss`` and ``val_`` and each metric's name.
+
+    Of several sets, the columns have the set's name in them: ``val_clean_loss``.
+    """
+    columns: dict[str, float] = {}
+    for prefix, loader in planned.val_loaders.items():
+        found = _means(planned.step, state, loader, planned.metrics, ema=state.ema is not None)
+        columns |= {f"{prefix}_{name}": value for name, value in found.items() if name != "weight"}
+    return columns
 
 
 def noise_columns(planned: Plan, state: TrainState, rows: Sequence[Row]) -> Row:
@@ -109,22 +116,21 @@ _SUMS = ("trace", "squared_norm", "weight")
 
 def _noise(step: Step, state: TrainState, batch: Batch) -> NoiseScale:
     part = micro_batches(batch, step.accumulate)[0]
-    with surroundings(step.model, state, training=True):
+    with attending(step.attention), surroundings(step.model, state, training=True):
         return noise_scale(step.loss, state.params, state.buffers, part, chunk_size=8)
 
 
 def _means(
     step: Step | CompiledStep,
     state: TrainState,
-    loader: Loader,
+    loader: Feed,
     metrics: Sequence[Metric],
-    limit: int,
     *,
     ema: bool,
 ) -> dict[str, float]:
     sums: dict[str, Any] = {}
     params = state.ema if ema else None
-    for batch in loader.batches(0, min(limit, loader.batches_per_epoch)):
+    for batch in loader.one_pass():
         found = step.evaluate(state, to_device(batch, state.step.device), metrics=metrics, params=params)
         found["loss"] = map_leaves(wide, found["loss"])
         sums = map_leaves(torch.add, sums, found) if sums else found

@@ -79,7 +79,7 @@ class Rescue:
 def is_between_steps(trace: TracebackType | None) -> bool:
     """Return whether an error came while no step was at work: not in the fold, or while the fold waited for a batch."""
     frames = [(frame.f_globals.get("__name__", ""), frame.f_code.co_name) for frame, _ in traceback.walk_tb(trace)]
-    return ("trainfn.fit", "run") not in frames or comes_from_data(trace)
+    return ("trainfn.loop", "run") not in frames or comes_from_data(trace)
 
 
 def comes_from_data(trace: TracebackType | None) -> bool:

@@ -3,7 +3,9 @@
 The rule for arguments, in order: fields of a dict go to the parameters of the same name; if one required parameter and
 one input field are left over, they belong together; targets are passed only to a parameter that requires them (so a
 model that can compute its own loss does not compute it twice), or to ``labels`` of a model that makes its
-``decoder_input_ids`` of them. Tuples and tensors go in by position. What describes an input (``attention_mask``,
+``decoder_input_ids`` of them. Tuples and tensors go in by position; where the one input is itself a tuple or a dict,
+``((a, b), y)`` or ``({"a": a, "b": b}, y)``, and the forward takes its parts, those do. A forward whose only required
+parameter is called ``batch`` is given all inputs of a dict as one. What describes an input (``attention_mask``,
 ``token_type_ids``, ``position_ids``) is passed when it is taken. A field that the forward has no parameter for is left
 to the loss; it is an error where a parameter of nearly the same name is left without a value, ``attn_mask`` beside
 ``attention_mask``, and ``fit`` warns of it where the loss is one of ours, which reads no such field. A cache of keys
@@ -25,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from trainfn.batch import TARGET_NAMES, Batch, inputs
+from trainfn.batch import TARGET_NAMES, Batch, inputs, target
 from trainfn.errors import ModelError
 from trainfn.tree import describe
 
@@ -42,8 +44,13 @@ class ForwardWarning(UserWarning):
     """A field of the batch is not passed to the model."""
 
 
-def make_arguments(model: nn.Module) -> Callable[[Batch], Arguments]:
+def make_arguments(model: nn.Module, *, targets: bool = False) -> Callable[[Batch], Arguments]:
     """Return the function that turns a batch into ``(args, kwargs)`` for this model's forward.
+
+    Args:
+        model: its forward's signature is read, now.
+        targets: pass the batch's targets, too, to a parameter that is called like one: for a model whose output holds
+            its loss.
 
     Raises:
         ModelError: (from the returned function) the batch's fields do not meet the signature; both are shown.
@@ -65,22 +72,33 @@ def make_arguments(model: nn.Module) -> Callable[[Batch], Arguments]:
 
     def arguments(batch: Batch) -> Arguments:
         args, kwargs = chosen(batch)
+        if targets:
+            kwargs = kwargs | wanted(batch, by_position[: len(args)])
         takes_cache = "use_cache" in named and "use_cache" not in {*by_position[: len(args)], *kwargs}
         return args, kwargs | {"use_cache": False} if takes_cache else kwargs
 
     def chosen(batch: Batch) -> Arguments:
         if not isinstance(batch, dict):
             args, _ = inputs(batch)
+            if len(args) == 1 and isinstance(args[0], dict) and (len(required) > 1 or set(args[0]) <= set(named)):
+                return by_name(args[0], batch)
+            if len(args) == 1 and isinstance(args[0], (tuple, list)) and len(required) > 1:
+                args = tuple(args[0])
             if not len(required) <= len(args) <= room or not set(required) <= set(by_position):
                 raise mismatch(batch)
             return args, {}
-        _, fields = inputs(batch)
+        return by_name(inputs(batch)[1], batch)
+
+    def by_name(fields: dict[str, Any], batch: Batch) -> Arguments:
         if takes_any_name:
             return (), fields
+        if required == ["batch"] and "batch" not in fields and fields:
+            return (), {"batch": fields}
         kwargs = {name: value for name, value in fields.items() if name in named}
-        kwargs |= {name: batch[name] for name in required if name in batch}
-        if makes_decoder_inputs and "labels" in batch and "decoder_input_ids" not in batch:
-            kwargs["labels"] = batch["labels"]
+        if isinstance(batch, dict):
+            kwargs |= {name: batch[name] for name in required if name in batch}
+            if makes_decoder_inputs and "labels" in batch and "decoder_input_ids" not in batch:
+                kwargs["labels"] = batch["labels"]
         missing = [name for name in required if name not in kwargs]
         spare = [name for name in fields if name not in kwargs]
         lone = [name for name in spare if name not in _COMPANIONS] or spare
@@ -95,6 +113,14 @@ def make_arguments(model: nn.Module) -> Callable[[Batch], Arguments]:
             refuse_misspelt(spare, kwargs, batch)
             looked_at.add(form)  # a forward is called at every step, and its batches have the same fields
         return (), kwargs
+
+    def wanted(batch: Batch, filled: Sequence[str]) -> dict[str, Any]:
+        """Return the batch's target under the name that the forward has for it; nothing if there is no such pair."""
+        theirs = [name for name in TARGET_NAMES if name in named and name not in filled]
+        if isinstance(batch, dict):
+            ours = [name for name in TARGET_NAMES if name in batch]
+            return {(name if name in named else theirs[0]): batch[name] for name in ours if theirs}
+        return {theirs[0]: target(batch)} if theirs and isinstance(batch, (tuple, list)) and len(batch) > 1 else {}
 
     def refuse_misspelt(spare: Sequence[str], kwargs: dict[str, Any], batch: Batch) -> None:
         free = [name for name in named if name not in kwargs and name not in TARGET_NAMES]

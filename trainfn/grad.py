@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from trainfn.batch import Batch
 from trainfn.errors import ModelError
 from trainfn.forward import make_apply, make_arguments, tensors_in_place
-from trainfn.loss import Loss, LossSum, as_loss_sum, low_precision_safe
+from trainfn.loss import Loss, LossSum, as_loss_sum, low_precision_safe, takes_target
 from trainfn.precision import LossScale, backward_unit, cast, lowered
 from trainfn.precision import resolve as resolve_precision
 from trainfn.recompute import explained, recomputing
@@ -60,14 +60,17 @@ Criterion = Callable[[Any, Batch], LossSum]
 LossFn = Callable[[Params, Buffers, Batch], LossSum]
 
 
-def make_forward(model: nn.Module, precision: str = "32-true", checkpoint: Sequence[str] = ()) -> ForwardFn:
+def make_forward(
+    model: nn.Module, precision: str = "32-true", checkpoint: Sequence[str] = (), *, targets: bool = False
+) -> ForwardFn:
     """Return ``(params, buffers, batch) -> outputs``: the model applied as a function, in the precision's dtype.
 
     The model's own tensors are not read; tied weights are tied again. Buffers that the forward changes in place are
     changed in the dict given. The modules named in ``checkpoint`` are recomputed in the backward; under a compiler it
-    is the caller who says so, by :func:`trainfn.recompute.recomputing` around the program.
+    is the caller who says so, by :func:`trainfn.recompute.recomputing` around the program. With ``targets`` the model
+    is given the batch's targets, too.
     """
-    arguments, apply_to = make_arguments(model), make_apply(model)
+    arguments, apply_to = make_arguments(model, targets=targets), make_apply(model)
     dtype = resolve_precision(precision).compute
     low = lowered(model) if dtype is not None else frozenset()
 
@@ -98,7 +101,8 @@ def make_criterion(loss: Loss, precision: str = "32-true") -> Criterion:
 
 def make_loss(model: nn.Module, loss: Loss, precision: str = "32-true", checkpoint: Sequence[str] = ()) -> LossFn:
     """Return ``(params, buffers, batch) -> LossSum``: :func:`make_forward`, then :func:`make_criterion`."""
-    forward, criterion = make_forward(model, precision, checkpoint), make_criterion(loss, precision)
+    forward = make_forward(model, precision, checkpoint, targets=takes_target(loss))
+    criterion = make_criterion(loss, precision)
     return lambda params, buffers, batch: criterion(forward(params, buffers, batch), batch)
 
 

@@ -51,7 +51,7 @@ def make_finite_check(planned: Plan) -> Callable[[TrainState, Path | None], Dive
     Verdicts are about losses and gradients. An update of a finite gradient may still be infinite (a schedule that gives
     NaN, an eps of 0, a float16 parameter), and so may a statistic of a finite batch.
     """
-    is_asked = planned.val_loader is not None or planned.config.out_dir is not None
+    is_asked = bool(planned.val_loaders) or planned.config.out_dir is not None
     before = _not_finite(planned.state) if is_asked else set()  # a mask may be -inf from the beginning
 
     def spoilt(state: TrainState, checkpoint: Path | None) -> DivergenceError | None:

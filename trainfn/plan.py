@@ -3,33 +3,41 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import attrs
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from trainfn.batch import Batch, micro_batches
-from trainfn.data import Loader, to_device
-from trainfn.directory import check_writable, machine, make_retention, resume
+from trainfn.batch import Batch
+from trainfn.data import Feed, make_feed, to_device
+from trainfn.directory import POSITION, check_writable, machine, make_retention, resume, write_config
 from trainfn.engine import CompiledStep, compile
-from trainfn.errors import ConfigError, DataError, ModelError, TrainfnError
-from trainfn.faults import is_out_of_memory, memory_error
-from trainfn.loss import Loss, LossSum
+from trainfn.errors import ConfigError
+from trainfn.flops import Roofline, make_roofline
+from trainfn.limits import Patience, make_patience, seconds_of, why_over
+from trainfn.loss import Loss
 from trainfn.metric import Metric, resolve
-from trainfn.optim import Transform, adamw, matrices_only, warmup_cosine
-from trainfn.precision import check_buffers, check_precision
+from trainfn.optim import Transform, adamw, matrices_only, warmup_constant, warmup_cosine
+from trainfn.precision import check_precision
+from trainfn.predict import Reader
 from trainfn.state import TrainState, init
-from trainfn.step import Step, make_step, surroundings
+from trainfn.step import make_step
 from trainfn.store import Manifest, Retention, clean, writing
 from trainfn.task import Intake, TaskSpec, TrainConfig, take_in
-from trainfn.task.config import make_config
-from trainfn.task.guard import guarding
-from trainfn.tree import batch_length, describe, named_leaves
+from trainfn.task.config import given_settings, make_config
+from trainfn.tree import evolve
+from trainfn.trial import first_loss
 
-_ARGUMENTS = ("loss", "task", "val_data", "metrics", "optimizer", "collate", "observers", "on_signal")
+WITHOUT_END = 2**62
+"""The number of steps of a run that no number of steps ends."""
+
+_LEAST_SECONDS = 600.0  # heuristic: a run that may end sooner does not earn back its compilation
+_ARGUMENTS = ("loss", "task", "val_data", "metrics", "optimizer", "collate", "observers", "on_signal", "config")
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -43,7 +51,8 @@ class Plan:
         step: the step in use; it donates.
         state: where the run starts.
         loader: the training data; batch number ``state.cursor`` comes next.
-        val_loader: the evaluation data, or None.
+        val_loaders: the evaluation data, by what the columns of each set begin with: ``{"val": ...}`` for one set,
+            ``{"val_clean": ..., "val_noisy": ...}`` for several.
         metrics: what is measured on it besides the loss.
         stop: the run ends when the cursor is here.
         device: where the state is.
@@ -53,6 +62,10 @@ class Plan:
         task: what kind of problem it is, or None if that was not said.
         record: what every checkpoint of this run says about it.
         retention: which checkpoints are kept, and what the best one is.
+        reader: how data is read that is to be predicted of.
+        kernels: which kernels of attention the first forward has called, and how often; see :mod:`trainfn.attention`.
+        patience: how long it has waited for a better one where it starts.
+        roofline: what a step has to do, against what the device can do; None if that is not known.
     """
 
     config: TrainConfig
@@ -60,8 +73,8 @@ class Plan:
     optimizer: Transform
     step: CompiledStep
     state: TrainState
-    loader: Loader
-    val_loader: Loader | None
+    loader: Feed
+    val_loaders: dict[str, Feed]
     metrics: tuple[Metric, ...]
     stop: int
     device: torch.device
@@ -71,10 +84,35 @@ class Plan:
     task: TaskSpec | None
     record: dict[str, Any]
     retention: Retention
+    reader: Reader
+    kernels: dict[str, int]
+    patience: Patience
+    roofline: Roofline | None
+
+    @property
+    def of_stop(self) -> str:
+        """The words ``" of 100"`` after a number of steps; none where only the clock ends the run."""
+        return f" of {self.stop}" if self.stop < WITHOUT_END else ""
+
+    @property
+    def is_short(self) -> bool:
+        """Whether the run may be over before its compilation has been earned back."""
+        return _is_short(self.config)
+
+    @property
+    def over_by(self) -> str | None:
+        """The setting that the run is over by where it starts; None if there are steps to take."""
+        seconds = 0.0 if self.previous is None else seconds_of(self.previous.metrics)
+        return why_over(self.config, self.patience, cursor=self.state.cursor, stop=self.stop, seconds=seconds)
 
     def to_device(self, batch: Batch) -> Batch:
         """Return the batch with its tensors on the run's device."""
         return to_device(batch, self.device)
+
+    def position(self, cursor: int) -> dict[str, Any]:
+        """Return where the data are, as a field of a checkpoint's settings; nothing where the number says it."""
+        found = self.loader.position(cursor)
+        return {POSITION: found} if found else {}
 
 
 def plan(
@@ -87,6 +125,7 @@ def plan(
     metrics: Sequence[str | Metric] = (),
     optimizer: Transform | None = None,
     collate: str | Callable[[list[Any]], Batch] | None = None,
+    config: TrainConfig | str | os.PathLike[str] | None = None,
     **settings: Any,
 ) -> Plan:
     """Decide everything about a run and check what can be checked, one batch through model and loss included.
@@ -106,7 +145,7 @@ def plan(
     (6, 0)
     """
     given = (loss, task, val_data, metrics, optimizer, collate)
-    return decide(contextlib.ExitStack(), model, data, *given, locks=False, settings=settings)
+    return decide(contextlib.ExitStack(), model, data, *given, locks=False, settings=given_settings(config, settings))
 
 
 def decide(
@@ -137,21 +176,24 @@ def decide(
     config, loss, val_data, metrics = taken.config, taken.loss, taken.val_data, taken.metrics
     asked = config
     if config.fast_dev_run:
-        config = attrs.evolve(config, max_steps=2, out_dir=None, resume=None, compile="eager", log_every=1)
+        few: dict[str, Any] = {"max_steps": 2, "limit_eval_batches": 2, "log_every": 1}
+        config = attrs.evolve(config, **few, out_dir=None, resume=None, compile="eager")
     if optimizer is not None and not {"lr", "warmup_steps"}.isdisjoint(settings):
         raise ConfigError(
             "The learning rate is given twice.",
             got=f"optimizer={optimizer.name} and lr or warmup_steps",
             hint="leave out lr and warmup_steps: they are settings of the default optimizer",
         )
-    if config.eval_every is not None and val_data is None:
+    if config.eval_every is not None and not val_data and config.overfit_batches is None:
         raise ConfigError(
             "There is nothing to evaluate on.", got=f"eval_every={config.eval_every}", hint="pass val_data="
         )
+    if config.overfit_batches is not None:
+        val_data = {"val": (taken.data, taken.collate)}  # what is trained on
     measured = _metrics(metrics, loss, val_data)
-    retention = make_retention(config, [metric.name for metric in measured], evaluated=val_data is not None)
+    retention = make_retention(config, [metric.name for metric in measured], list(val_data))
     device = _device(config.device)
-    loader, val_loader = _loaders(config, taken, device)
+    loader, val_loaders = _loaders(config, taken, device)
     stop = _stop(config, loader)
     if optimizer is None:
         optimizer = adamw(lr=_default_schedule(asked, _stop(asked, loader)), decay=matrices_only)
@@ -166,13 +208,17 @@ def decide(
         on_spike=config.on_spike,
         halt_after=config.halt_after,
         checkpoint=config.checkpoint,
+        attention=config.attention,
     )
     state = init(
         model, optimizer, seed=config.seed, ema=config.ema is not None, precision=config.precision, device=device
     )
+    if config.rollback_lr_factor != 1:
+        state = evolve(state, lr_factor=torch.ones_like(state.report.lr))
     check_precision(model, config.precision)
-    looked_at = {"data": loader} | ({} if val_loader is None else {"val_data": val_loader})
-    first = _first_loss(step, state, to_device(loader.batch(0), device), looked_at if config.check_data else {})
+    looked_at = {"data": loader} | {name.replace("val", "val_data", 1): each for name, each in val_loaders.items()}
+    batch = to_device(loader.batch(0), device)
+    first, kernels = first_loss(step, state, batch, looked_at if config.check_data else {})
     record: dict[str, Any] = {
         "config": config.to_json()
         | {"loss": taken.loss_name or _name(loss), "stop": stop}
@@ -186,8 +232,17 @@ def decide(
     if config.out_dir is not None and locks:
         held.enter_context(writing(config.out_dir))
         clean(config.out_dir)
+    if config.out_dir is not None:
+        loader.check_position()
     state, resumed_from, manifest = resume(config, state, record)
-    compiled = compile(step, mode=_mode(config, manifest), donate=True, cuda_graph=config.cuda_graph, steps=stop)
+    if manifest is not None and state.cursor < stop:
+        loader.seek(state.cursor, manifest.config.get(POSITION, {}))
+    if config.out_dir is not None and locks:
+        write_config(config)
+    has_epochs = loader.batches_per_epoch < WITHOUT_END
+    patience = make_patience(config, retention, {} if manifest is None else manifest.metrics, epochs=has_epochs)
+    steps = 0 if _is_short(config) else stop
+    compiled = compile(step, mode=_mode(config, manifest), donate=True, cuda_graph=config.cuda_graph, steps=steps)
     if config.cuda_graph is True:
         compiled.settle(state)  # raises where there can be none
     return Plan(
@@ -197,7 +252,7 @@ def decide(
         step=compiled,
         state=state,
         loader=loader,
-        val_loader=val_loader,
+        val_loaders=val_loaders,
         metrics=measured,
         stop=stop,
         device=device,
@@ -207,6 +262,12 @@ def decide(
         task=taken.task,
         record=record,
         retention=retention,
+        kernels=kernels,
+        reader=Reader(
+            collate=taken.ask_collate, columns=getattr(taken.data, "columns", None), batch_size=config.batch_size
+        ),
+        patience=patience,
+        roofline=make_roofline(step, state, batch, config.peak_flops),
     )
 
 
@@ -221,37 +282,55 @@ def _device(name: str) -> torch.device:
         ) from error
 
 
-def _loaders(config: TrainConfig, taken: Intake, device: torch.device) -> tuple[Loader, Loader | None]:
-    pin, val_data = device.type == "cuda", taken.val_data
-    loader = Loader(
+def _loaders(config: TrainConfig, taken: Intake, device: torch.device) -> tuple[Feed, dict[str, Feed]]:
+    """Return what is trained on, and what is evaluated on; where the settings say so, only so many batches of it."""
+    pin, few = device.type == "cuda", config.overfit_batches
+    loader = make_feed(
         taken.data,
         batch_size=config.batch_size * config.accumulate,
         seed=config.seed,
-        shuffle=config.shuffle,
+        shuffle=config.shuffle and few is None,
         drop_last=config.drop_last,
         workers=config.workers,
         timeout=config.worker_timeout,
         pin=pin,
         collate=taken.collate,
+        group_by_length=config.group_by_length,
+        keep=config.log_every if pin else 1,  # on a GPU it is seen at a row that a run has to halt
     )
-    if val_data is None:
-        return loader, None
-    return loader, Loader(
-        val_data,
-        batch_size=config.batch_size,
-        shuffle=False,
-        workers=config.workers,
-        timeout=config.worker_timeout,
-        pin=pin,
-        collate=taken.val_collate,
-    )
+    loader.batches_per_epoch = min(loader.batches_per_epoch, few or config.limit_train_batches or WITHOUT_END)
+
+    def evaluated(data: Any, collate: Any, limit: int | None) -> Feed:
+        found = make_feed(
+            data,
+            batch_size=config.batch_size,
+            shuffle=False,
+            workers=config.workers,
+            timeout=config.worker_timeout,
+            pin=pin,
+            collate=collate,
+        )
+        found.batches_per_epoch = min(found.batches_per_epoch, limit or WITHOUT_END)
+        return found
+
+    if few is not None:
+        parts = 1 if loader.endless else config.accumulate
+        return loader, {"val": evaluated(taken.data, taken.collate, few * parts)}
+    limit = config.limit_eval_batches
+    return loader, {name: evaluated(*each, limit) for name, each in taken.val_data.items()}
 
 
-def _stop(config: TrainConfig, loader: Loader) -> int:
-    return min(config.max_steps or 2**62, (config.max_epochs or 2**62) * loader.batches_per_epoch)
+def _is_short(config: TrainConfig) -> bool:
+    return (config.max_seconds or math.inf) < _LEAST_SECONDS
+
+
+def _stop(config: TrainConfig, loader: Feed) -> int:
+    return min(config.max_steps or WITHOUT_END, (config.max_epochs or WITHOUT_END) * loader.batches_per_epoch)
 
 
 def _default_schedule(config: TrainConfig, stop: int) -> Any:
+    if stop >= WITHOUT_END:
+        return warmup_constant(config.lr, warmup=100 if config.warmup_steps is None else config.warmup_steps)
     warmup = min(100, stop // 20) if config.warmup_steps is None else config.warmup_steps
     if warmup >= stop:
         raise ConfigError(
@@ -264,53 +343,13 @@ def _default_schedule(config: TrainConfig, stop: int) -> Any:
 
 def _metrics(metrics: Sequence[str | Metric], loss: str | Loss, val_data: object) -> tuple[Metric, ...]:
     chosen = [metrics] if isinstance(metrics, (str, Metric)) else list(metrics)
-    if chosen and val_data is None:
+    if chosen and not val_data:
         raise ConfigError("There are metrics, and no data to measure them on.", hint="pass val_data=")
     found = tuple(resolve(metric, loss) for metric in chosen)
     names = [metric.name for metric in found]
     if len({"loss", *names}) <= len(names):
         raise ConfigError("Metrics need names of their own.", expected="each one once, none called loss", got=names)
     return found
-
-
-def _first_loss(step: Step, state: TrainState, batch: Batch, loaders: dict[str, Loader]) -> LossSum:
-    """Run the first micro-batch through model and loss, so that what does not fit is found before any work is done."""
-    batch_length(batch)
-    part = micro_batches(batch, step.accumulate)[0]
-    buffers = {name: buffer.clone() for name, buffer in state.buffers.items()}
-    try:
-        with (
-            surroundings(step.model, state, training=True),
-            torch.no_grad(),
-            guarding(step.model, step.strategy, part, loaders),
-        ):
-            found = step.loss(state.params, buffers, part)
-    except (TrainfnError, Warning):
-        raise
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise memory_error(error, "the plan", part, batch_length(part), step.accumulate) from error
-        text = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        kind = DataError if isinstance(error, IndexError) else ModelError
-        raise kind(
-            "The first batch does not go through the model and the loss.",
-            where=f"{type(step.model).__name__}, a micro-batch of {describe(part)}",
-            got=f"{type(error).__name__}: {text}",
-            hint=_remedy(text, part),
-        ) from error
-    check_buffers(step.model, state.buffers, buffers, step.precision)
-    return found
-
-
-def _remedy(text: str, part: Batch) -> str:
-    if "dtype" not in text and "scalar type" not in text:
-        return "compare the shapes, and the ids and labels with the model's sizes; the cause is shown above"
-    if any(isinstance(leaf, Tensor) and leaf.dtype == torch.float64 for _, leaf in named_leaves(part)):
-        return 'the data is float64, as NumPy makes it, and the model is not: x.astype("float32"), x.float()'
-    return (
-        "make tensors of the model's own in the dtype of what they meet (dtype=x.dtype), or use precision="
-        '"32-true"; the cause is shown above'
-    )
 
 
 def _mode(config: TrainConfig, manifest: Manifest | None) -> Any:

@@ -13,8 +13,9 @@ Which checkpoints there are decides how far it goes back: those of ``save_every`
 one at the end of a part of the run that was resumed.
 
 Which windows were skipped is in the settings of every later checkpoint, as ``rollbacks``: a run that is resumed has
-used as many. The learning rate is left alone: it is closed over by the optimizer, and a factor in the state would be
-one more operation in every step of every run.
+used as many. With ``rollback_lr_factor`` the learning rate is lowered each time, by a factor in the state that every
+update is multiplied by; what it is now is in the column ``lr_factor`` of the history, and in checkpoints. A run that
+does not ask for it has no such factor, and no operation more.
 
 References:
     A. Chowdhery et al., "PaLM: Scaling Language Modeling with Pathways", arXiv:2204.02311, 2022, section 5.1.
@@ -22,13 +23,13 @@ References:
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import attrs
 
-from trainfn.errors import CheckpointError
+from trainfn.directory import with_factor_of
+from trainfn.errors import CheckpointError, warn
 from trainfn.health import HealthWarning, forgiven
 from trainfn.plan import Plan
 from trainfn.state import TrainState
@@ -44,12 +45,14 @@ class Rollback:
 
     Attributes:
         windows: (c, k) of each time, in those parts of the run, too, that came before a resume.
+        metrics: what the checkpoint says that it went back to last.
     """
 
     def __init__(self, planned: Plan) -> None:
         self._config = planned.config
         before = [] if planned.previous is None else planned.previous.config.get(RECORD, [])
         self.windows: list[tuple[int, int]] = [(begin, end) for begin, end in before]
+        self.metrics: dict[str, Any] = {}
 
     @property
     def wanted(self) -> bool:
@@ -76,17 +79,24 @@ class Rollback:
                 manifest = glance(step)
                 if manifest.cursor > state.cursor or not Entry(cursor=0, metrics=manifest.metrics).healthy:
                     continue
-                found = load(step, like=state)
+                found = load(step, like=with_factor_of(manifest, state))
             except CheckpointError:
                 continue  # an older one will do
             self.windows.append((manifest.cursor, state.cursor))
+            self.metrics = dict(manifest.metrics)
             text = (
                 f"The run has diverged, and goes on from {step}, without batches {manifest.cursor} to "
                 f"{state.cursor - 1}: rollback {len(self.windows)} of {self._config.max_rollbacks}."
             )
-            warnings.warn(text, HealthWarning, stacklevel=4)  # where fit was called
-            return evolve(found, cursor=state.cursor, health=forgiven(found.health))
+            warn(text, HealthWarning)
+            lowered = None if state.lr_factor is None else state.lr_factor * self._config.rollback_lr_factor
+            return evolve(found, cursor=state.cursor, health=forgiven(found.health), lr_factor=lowered)
         return None
+
+    def row(self, back: TrainState) -> dict[str, float]:
+        """Return the columns of the history's row at which a run went back to this state."""
+        factor = {} if back.lr_factor is None else {"lr_factor": float(back.lr_factor)}
+        return {"rolled_back_to": self.windows[-1][0], **factor}
 
     def explain(self, error: Exception) -> None:
         """Add to the error that ends the run how often it has gone back."""

@@ -110,6 +110,7 @@ class TrainState:
         health: what verdicts are based on.
         stats: what has been added up.
         report: outcome of the last step.
+        lr_factor: what updates, and so the learning rate, are multiplied by, [] float64; None for 1, at no cost.
         seed: host int that all randomness of the run is derived from.
         cursor: host int, batches consumed. Draws and data position are pure functions of (seed, cursor).
     """
@@ -123,6 +124,7 @@ class TrainState:
     health: Health
     stats: AccumulationStats
     report: Report
+    lr_factor: Tensor | None
     seed: int
     cursor: int
 
@@ -221,6 +223,7 @@ def init(
                 lr=torch.full((), math.nan, dtype=wide, device=home),
                 verdict=torch.zeros((), dtype=torch.int64, device=home),
             ),
+            lr_factor=None,
             seed=seed,
             cursor=0,
         )

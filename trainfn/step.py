@@ -13,6 +13,7 @@ import attrs
 import torch
 from torch import nn
 
+from trainfn.attention import Attention, attending, check_attention
 from trainfn.batch import Batch, micro_batches
 from trainfn.errors import ConfigError, suggest
 from trainfn.grad import (
@@ -25,7 +26,7 @@ from trainfn.grad import (
     make_gradients,
 )
 from trainfn.health import OnSpike
-from trainfn.loss import Loss, LossSum, resolve
+from trainfn.loss import Loss, LossSum, resolve, takes_target
 from trainfn.loss.base import check_count
 from trainfn.metric import Metric, MetricSum
 from trainfn.optim import Transform
@@ -54,6 +55,7 @@ class Step:
         precision: name of the policy, see :mod:`trainfn.precision`.
         optimizer: the Transform that ``update`` applies.
         checkpoint: names of the modules that are run again in the backward of ``gradients``.
+        attention: name of the kernel of attention, see :mod:`trainfn.attention`.
     """
 
     model: nn.Module
@@ -66,10 +68,11 @@ class Step:
     precision: str
     optimizer: Transform
     checkpoint: tuple[str, ...] = ()
+    attention: str = "auto"
 
     def __call__(self, state: TrainState, batch: Batch) -> TrainState:
         """Return the state after one step. Neither ``state`` nor ``batch`` nor the global RNG is written to."""
-        with surroundings(self.model, state, training=True):
+        with attending(self.attention), surroundings(self.model, state, training=True):
             return finished(state, self.transition(state, batch))
 
     def transition(self, state: TrainState, batch: Batch) -> TrainState:
@@ -93,7 +96,7 @@ class Step:
             metrics: measured on the outputs that the loss is made of.
             params: used in place of the state's parameters of the same names, for example ``state.ema``.
         """
-        with surroundings(self.model, state, training=False):
+        with attending(self.attention), surroundings(self.model, state, training=False):
             chosen = {name: value.to(state.params[name].dtype) for name, value in (params or {}).items()}
             buffers = {name: buffer.clone() for name, buffer in state.buffers.items()}
             outputs = self.forward(state.params | chosen, buffers, batch)
@@ -114,6 +117,7 @@ def make_step(
     on_spike: OnSpike = "off",
     halt_after: int | None = None,
     checkpoint: str | Sequence[str] | None = None,
+    attention: Attention = "auto",
 ) -> Step:
     """Return the pure function ``step(state, batch) -> state`` that trains ``model``.
 
@@ -133,10 +137,11 @@ def make_step(
         on_spike: what to do about a loss or gradient norm far above its recent past, see :mod:`trainfn.health`:
             ``"off"``, ``"warn"`` (apply it and say so), ``"skip"``, or ``"halt"`` (skip it and every step after it).
         halt_after: this many steps in a row with non-finite numbers, and no step after them is applied; None for never.
-
         checkpoint: one or more patterns for names of modules, such as ``"blocks.*"``, that are run again in the
             backward and keep nothing but their inputs until then. Changes memory and time, not meaning; see
             :mod:`trainfn.recompute`.
+        attention: the kernel that ``scaled_dot_product_attention`` runs by: ``"auto"``, ``"flash"``, ``"efficient"``,
+            ``"math"`` or ``"cudnn"``; see :mod:`trainfn.attention`.
 
     Raises:
         ConfigError: a setting is out of range.
@@ -160,13 +165,14 @@ def make_step(
         raise ConfigError(
             "There is no such answer to a spike.", got=repr(on_spike), hint=suggest(str(on_spike), get_args(OnSpike))
         )
+    check_attention(attention)
     strategy = resolve(loss)
     _check_trained(strategy, model, optimizer)
     recomputed = matching(model, checkpoint)
     return Step(
         model=model,
         strategy=strategy,
-        forward=make_forward(model, precision),
+        forward=make_forward(model, precision, targets=takes_target(strategy)),
         criterion=make_criterion(strategy, precision),
         gradients=make_gradients(model, strategy, precision, recomputed),
         update=Update(
@@ -181,6 +187,7 @@ def make_step(
         precision=precision,
         optimizer=optimizer,
         checkpoint=recomputed,
+        attention=attention,
     )
 
 

@@ -10,6 +10,7 @@ This is the one module that touches ``torch.utils._pytree``, whose name is priva
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import hashlib
 import itertools
@@ -144,6 +145,29 @@ def map_leaves(fn: Callable[..., Any], tree: T, *rest: Tree, is_leaf: Callable[[
     others = [dict(_children(other)) for other in rest]
     new = [map_leaves(fn, child, *[other[key] for other in others], is_leaf=is_leaf) for key, child in _children(tree)]
     return cast(T, _rebuild(tree, new))
+
+
+def map_outputs(fn: Callable[..., Any], outputs: T, *rest: Any) -> T:
+    """Return outputs of a model, whatever their form, with ``fn(leaf, *leaves of rest)`` in place of each leaf.
+
+    A tensor, tuple, list, dict or record; a dict of a class of its own, as transformers' ModelOutput; or any object, of
+    which a shallow copy has other attributes.
+
+    >>> from types import SimpleNamespace
+    >>> map_outputs(lambda leaf: leaf + 1, SimpleNamespace(logits=(1, 2), loss=None))
+    namespace(logits=(2, 3), loss=None)
+    """
+    kind = type(outputs)
+    if isinstance(outputs, dict) and kind is not dict:
+        others = [dict(other) for other in rest]
+        fields = {name: map_outputs(fn, value, *[other[name] for other in others]) for name, value in outputs.items()}
+        return kind(**fields)
+    if isinstance(outputs, Tensor) or _is_node(outputs) or not hasattr(outputs, "__dict__"):
+        return map_leaves(fn, outputs, *rest)
+    changed = copy.copy(outputs)
+    for name, value in vars(outputs).items():
+        object.__setattr__(changed, name, map_leaves(fn, value, *[vars(other)[name] for other in rest]))
+    return changed
 
 
 def split(tree: T, sizes: Sequence[int]) -> Iterator[T]:

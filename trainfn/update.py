@@ -74,6 +74,8 @@ class Update:
             factor = decision.factor
             grads = {name: (g * factor.to(g.dtype)).to(params[name].dtype) for name, g in found.grads.items()}
             updates, opt = self.optimizer.update(grads, state.opt, params, state.step)
+            if state.lr_factor is not None:  # every optimizer's update is proportional to its learning rate
+                updates = {name: update * state.lr_factor.to(update.dtype) for name, update in updates.items()}
             new = select(decision.applied, {name: param + updates[name] for name, param in params.items()}, params)
             return evolve(
                 state,
@@ -98,13 +100,13 @@ class Update:
         if self.on_spike != "off":
             verdict, baseline = judge_spike(baseline, verdict, loss, grad_norm, skip=self.on_spike != "warn")
         clipped = 1.0 if self.clip_norm is None else clip_factor(grad_norm, self.clip_norm)
-        lr = self.optimizer.lr
+        lr = torch.full_like(loss, float("nan")) if self.optimizer.lr is None else wide(self.optimizer.lr(state.step))
         report = Report(
             loss=loss,
             weight=weight,
             grad_norm=grad_norm,
             grad_norms=norms / weight,
-            lr=torch.full_like(loss, float("nan")) if lr is None else wide(lr(state.step)),
+            lr=lr if state.lr_factor is None else lr * state.lr_factor,
             verdict=verdict,
         )
         return Decision(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import trainfn.store.disk
 from tests.crash.faults import Disk, make_state
 from tests.crash.power import Contents, Model, lay_out
 from trainfn.errors import CheckpointError
@@ -123,6 +127,63 @@ def test_control_any_one_fsync_left_out_is_seen(tmp_path: Path, work: Callable[[
     assert [call for call, _ in disk.events].count("fsync") == fsyncs
     for left_out in range(1, fsyncs + 1):
         assert torn(*states(tmp_path / str(left_out), work, left_out)), f"fsync number {left_out} was left out"
+
+
+@pytest.mark.parametrize("how", ["left out", "copied in place"])
+@pytest.mark.parametrize(
+    ("work", "renames"), list(zip(WORKS, [1, 1, 2, 1], strict=True)), ids=[work.__name__ for work in WORKS]
+)
+def test_control_any_one_rename_that_is_none_is_seen(
+    tmp_path: Path, work: Callable[[Path], None], renames: int, how: str
+) -> None:
+    _, whole, disk, _ = recorded(tmp_path / "whole", work)
+    assert [call for call, _ in disk.events].count("rename") == renames
+    for number in range(renames + 1):  # 0: each of them is a rename, and nothing is seen
+        run = prepared(tmp_path / str(number), work)
+        model, before, count, during = Model(tmp_path / str(number)), read(run), iter(range(1, 9)), []
+        with pytest.MonkeyPatch.context() as patch, Disk(deletes=True, chunk=2000).mounted() as disk:
+            rename = os.rename
+
+            def other(old: Path, new: Path, number: int = number, rename: Any = rename, count: Any = count) -> None:
+                if next(count) != number:
+                    rename(old, new)
+                elif how == "copied in place":
+                    copy(old, new)
+
+            patch.setattr(os, "rename", other)
+            try:
+                work(run)
+            except CheckpointError:
+                continue  # what it has left undone stops what comes after it
+        for (call, path), detail in zip(disk.events, disk.details, strict=True):
+            model.happens(call, path, detail)
+            during += visible(model, run)
+        now = read(whole)
+        gone = [name for name in before if name not in now and any(name in found for found in visible(model, run))]
+        found = torn(during, visible(model, run), before, same(now, read(run))) + gone
+        assert bool(found) == bool(number), f"rename number {number} was {how}: {found}"
+
+
+def same(expected: Found, found: Found) -> Found:
+    """What was to be there, with the bytes that this run has written for it, if it has: a manifest says when it was."""
+    return {name: found.get(name, files) for name, files in expected.items()}
+
+
+def copy(old: Path, new: Path) -> None:
+    """What a rename must not be: the files under the other name, one after another."""
+    os.mkdir(new)
+    for name in sorted(os.listdir(old)):
+        data = (old / name).read_bytes()
+        file = os.open(new / name, os.O_WRONLY | os.O_CREAT)
+        while data:
+            data = data[os.write(file, data) :]
+        os.close(file)
+    shutil.rmtree(old)
+
+
+def test_control_a_pruning_that_deletes_in_place_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainfn.store.disk, "remove", shutil.rmtree)
+    assert any("torn" in flaw for flaw in torn(*states(tmp_path / "home", pruning)))
 
 
 def test_control_a_save_that_renames_first_is_seen(tmp_path: Path) -> None:

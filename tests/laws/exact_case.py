@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import trainfn
 from trainfn import optim
+from trainfn.result import CLOCK
 from trainfn.tree import digest
 
 OPTIMIZERS: dict[str, Callable[[Any], optim.Transform]] = {
@@ -123,8 +124,11 @@ def train(case: Case, stop: int, run: Path | None, **settings: Any) -> dict[str,
         progress=False, out_dir=run, resume="auto" if run else None, keep_last=1, keep_best=0, observers=observers,
         **settings,
     )  # fmt: skip
-    rows = [{name: value for name, value in row.items() if name != "seconds"} for row in result.history]
-    return {"digest": digest(result.state), "rows": rows, "losses": losses, "order": model.noted}
+    rows, epochs = (
+        [{name: value for name, value in row.items() if name not in CLOCK} for row in kind]
+        for kind in (result.history, result.epochs)
+    )
+    return {"digest": digest(result.state), "rows": rows, "epochs": epochs, "losses": losses, "order": model.noted}
 
 
 def by_seed(seed: int) -> Case:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import trainfn
+from trainfn.result import CLOCK
 from trainfn.tree import digest
 
 
@@ -47,7 +48,7 @@ def train(max_steps: int, out_dir: str | Path | None, *, seed: int = 0, **settin
 
 def summary(result: trainfn.FitResult) -> dict[str, object]:
     """Every bit of the state, and every row but for the clock."""
-    rows = [{name: value for name, value in row.items() if name != "seconds"} for row in result.history]
+    rows = [{name: value for name, value in row.items() if name not in CLOCK} for row in result.history + result.epochs]
     return {"digest": digest(result.state), "rows": rows}
 
 

@@ -36,6 +36,7 @@ def check(case: Case, folder: Path) -> None:
     last = parts[-1]
     assert last["digest"] == whole["digest"]
     assert numbers(last["rows"], case) == numbers(whole["rows"], case)
+    assert repr(last["epochs"]) == repr(whole["epochs"])
     for name in ("order", "losses"):
         assert [entry for part in parts for entry in part[name]] == whole[name]
 
@@ -74,7 +75,7 @@ def test_control_what_a_resume_forgets_is_seen(tmp_path: Path, monkeypatch: pyte
 
     def forgetful(path: Any, like: Any, also: Any) -> Any:
         state, manifest = honest(path, like=like, also=also)
-        lost = 1 + state.seed if forgotten == "seed" else getattr(like, forgotten)
+        lost = 1 + state.seed if forgotten == "seed" else getattr(like(manifest), forgotten)
         return evolve(state, **{forgotten: lost}), manifest
 
     monkeypatch.setattr(trainfn.directory, "restore", forgetful)
@@ -113,6 +114,7 @@ def test_a_fresh_process_for_every_part(seed: int, tmp_path: Path) -> None:
     last = in_a_process(seed, case.stop, tmp_path / "cut")
     assert last["digest"] == whole["digest"]
     assert numbers(last["rows"], case) == numbers(whole["rows"], case)
+    assert repr(last["epochs"]) == repr(whole["epochs"])
     for name in ("order", "losses"):
         if seed >= 30:
             assert [entry for part in (*parts, last) for entry in part[name]] == whole[name]

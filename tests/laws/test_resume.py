@@ -92,7 +92,7 @@ def test_control_a_resume_that_forgets_a_part_is_noticed(tmp_path, monkeypatch, 
 
     def forgetful(path, like, also):
         state, manifest = honest(path, like=like, also=also)
-        return attrs.evolve(state, **{forgotten: getattr(like, forgotten)}), manifest
+        return attrs.evolve(state, **{forgotten: getattr(like(manifest), forgotten)}), manifest
 
     monkeypatch.setattr(trainfn.directory, "restore", forgetful)
     assert summary(train(5, tmp_path / "cut"))["digest"] != whole["digest"]

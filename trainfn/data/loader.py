@@ -10,19 +10,20 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import traceback
 from collections.abc import Generator, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
 from trainfn.data.collators import Collate
+from trainfn.data.grouping import order_by_length
 from trainfn.data.order import order
-from trainfn.data.source import Batch, Source, Tensors, is_function, make_source
+from trainfn.data.parcel import Parcel, packed, unchanged
+from trainfn.data.source import Batch, Items, Source, Tensors, is_function, make_source
 from trainfn.data.workers import POLL, delivered
-from trainfn.errors import ConfigError, TrainfnError
+from trainfn.errors import ConfigError
 from trainfn.tree import digest, map_leaves, named_leaves, split
 
 # The order is computed for a block of batches at a time: about this many positions, at most this many batches.
@@ -50,6 +51,8 @@ class Loader:
         pin: put batches into page-locked memory, for faster copies, where there is an accelerator.
         collate: makes a batch of a list of items: a function, a :class:`trainfn.data.Collator`, or the name of one;
             items are stacked if None.
+        group_by_length: put items of like length in one batch; see :mod:`trainfn.data.grouping`. Each item is looked at
+            once for that, unless the data set has an attribute ``lengths``.
 
     Attributes:
         endless: whether the batches come from a function; each counts as an example then.
@@ -79,6 +82,7 @@ class Loader:
         timeout: float | None = None,
         pin: bool = False,
         collate: str | Collate | None = None,
+        group_by_length: bool = False,
     ) -> None:
         self.endless = is_function(data)
         if self.endless:
@@ -97,8 +101,14 @@ class Loader:
         self.batch_size, self.seed, self.shuffle, self.drop_last = batch_size, seed, shuffle, drop_last
         self.workers, self.timeout, self.pin = workers, timeout, pin
         self._width = min(batch_size, self.examples)
+        self._lengths = self._measured() if group_by_length else None
         self._block_batches = max(1, min(_BLOCK_BATCHES, _BLOCK_POSITIONS // self._width))
         self._block: tuple[int, Tensor] = (-1, torch.empty(0))
+
+    @property
+    def is_grouped(self) -> bool:
+        """Whether examples of like length are in one batch."""
+        return self._lengths is not None
 
     def epoch(self, cursor: int) -> int:
         """Return the number of the epoch that batch ``cursor`` belongs to.
@@ -148,6 +158,45 @@ class Loader:
         stop = sys.maxsize if stop is None else stop
         _check(start=(start, 0), stop=(stop, 0))
         return self._stream(range(start, stop))
+
+    def one_pass(self) -> Generator[Batch, None, None]:
+        """Return an iterator over the batches of the first epoch."""
+        return self.batches(0, self.batches_per_epoch)
+
+    def count(self, start: int, stop: int) -> int:
+        """Return how many examples are in batches ``start`` to ``stop - 1``; none in those that a function makes.
+
+        >>> Loader(torch.arange(10), batch_size=4).count(1, 4)
+        10
+        """
+
+        def before(cursor: int) -> int:  # the last batch of an epoch may be short
+            epochs, rest = divmod(cursor, self.batches_per_epoch)
+            each = min(self.batches_per_epoch * self.batch_size, self.examples)
+            return epochs * each + min(rest * self.batch_size, each)
+
+        return 0 if self.endless else before(stop) - before(start)
+
+    def sample(self, most: int) -> Iterator[Batch]:
+        """Yield batches from all over the data, at least two if there are two, with ``most`` examples or so.
+
+        >>> [batch.tolist() for batch in Loader(torch.arange(100), batch_size=5, shuffle=False).sample(10)]
+        [[0, 1, 2, 3, 4], [95, 96, 97, 98, 99]]
+        """
+        number = min(8, max(2, most // self.batch_size)) if not self.endless else 2
+        last = 1 if self.endless else self.batches_per_epoch - 1
+        for cursor in sorted({round(last * at / max(number - 1, 1)) for at in range(number)}):
+            yield self.batch(cursor)
+
+    def position(self, cursor: int) -> dict[str, Any]:
+        """Return what a checkpoint keeps to find batch ``cursor`` again: nothing, its number is enough."""
+        return {}
+
+    def check_position(self) -> None:
+        """Do nothing: there is no position that could not be saved."""
+
+    def seek(self, cursor: int, position: dict[str, Any]) -> None:
+        """Do nothing: any batch is found by its number."""
 
     def fingerprint(self) -> str:
         """Return 16 hex digits that tell this data from other data: its size, form, and first, middle and last example.
@@ -203,7 +252,26 @@ class Loader:
         positions.clamp_(max=self.examples - 1)
         if not self.shuffle:
             return positions
-        return order(positions, self.examples, seed=self.seed, epoch=batches // self.batches_per_epoch)
+        epochs = batches // self.batches_per_epoch
+        if self._lengths is None:
+            return order(positions, self.examples, seed=self.seed, epoch=epochs)
+        used = min(self.examples, self.batches_per_epoch * self.batch_size)
+        for epoch in torch.unique(epochs).tolist():
+            rows = (epochs == epoch).squeeze(1)
+            positions[rows] = order_by_length(
+                positions[rows], self._lengths, batch_size=self._width, seed=self.seed, epoch=epoch, used=used
+            )
+        return positions
+
+    def _measured(self) -> Tensor:
+        if not isinstance(self._source, Items) or not self.shuffle:
+            raise ConfigError(
+                "These examples cannot be grouped by length.",
+                where="group_by_length",
+                expected="a data set of items, and shuffle=True: the groups are drawn at random",
+                got="shuffle=False" if not self.shuffle else "data that comes in tensors or batches, all of one length",
+            )
+        return self._source.lengths()
 
     def _stream(self, numbers: range) -> Generator[Batch, None, None]:
         if not self.workers and not self.pin:  # a DataLoader's own work, 50 us a batch, is of no use then
@@ -213,61 +281,25 @@ class Loader:
             _Parcels(self),
             sampler=numbers,
             batch_size=None,
-            collate_fn=_unchanged,
+            collate_fn=unchanged,
             num_workers=self.workers,
             timeout=POLL if self.workers else 0,
             pin_memory=self.pin and torch.accelerator.is_available(),
             generator=torch.Generator(),  # an iterator draws a seed for its workers when it starts
         )
-        with contextlib.closing(delivered(parcels, numbers, limit=self.timeout)) as arriving:
+        with contextlib.closing(delivered(iter(parcels), numbers, limit=self.timeout)) as arriving:
             for parcel in arriving:
                 yield parcel.open()
 
 
-class _Parcel:
-    """What the DataLoader passes on: a batch, or the error that came instead of it.
-
-    It carries the error as a value because a DataLoader remakes a worker's exception from its text alone.
-    """
-
-    def __init__(self, batch: Batch, error: TrainfnError | None = None, cause: BaseException | None = None) -> None:
-        self.batch, self.error, self.cause = batch, error, cause
-
-    def open(self) -> Batch:
-        if self.error is not None:
-            raise self.error from self.cause
-        return self.batch
-
-    def pin_memory(self) -> _Parcel:
-        def pin(leaf: Any) -> Any:
-            on_host = not isinstance(leaf, Tensor) or leaf.device.type == "cpu"
-            return leaf.pin_memory() if on_host and hasattr(leaf, "pin_memory") else leaf
-
-        return _Parcel(map_leaves(pin, self.batch), self.error, self.cause)
-
-
-class _Parcels(Dataset[_Parcel]):
+class _Parcels(Dataset[Parcel]):
     """A loader's batches by number, as the data set that the DataLoader reads."""
 
     def __init__(self, loader: Loader) -> None:
         self._loader = loader
 
-    def __getitem__(self, cursor: int) -> _Parcel:
-        try:
-            return _Parcel(self._loader.batch(cursor))
-        except TrainfnError as error:
-            cause, worker = error.__cause__, get_worker_info()
-            if worker is not None:
-                where = f"{error.where}, in data worker {worker.id}"
-                error = type(error)(error.what, where=where, expected=error.expected, got=error.got, hint=error.hint)
-            if cause is not None and worker is not None:
-                # A traceback cannot be pickled, and an exception of the data set's own class may not be.
-                cause = RuntimeError("in a data worker:\n" + "".join(traceback.format_exception(cause)))
-            return _Parcel(None, error, cause)
-
-
-def _unchanged(parcel: Any) -> Any:
-    return parcel
+    def __getitem__(self, cursor: int) -> Parcel:
+        return packed(lambda: self._loader.batch(cursor))
 
 
 def _check(**settings: tuple[int, int]) -> None:

@@ -6,11 +6,9 @@ items, which are collated; if it defines ``__getitems__`` (PyTorch's batched fet
 
 from __future__ import annotations
 
-import hashlib
-import random
-import sys
+import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from itertools import islice
 from typing import Any, Protocol, cast
 
@@ -20,7 +18,9 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from trainfn.data.collate import stacked
 from trainfn.data.collators import Collate, choose_collator
+from trainfn.data.draws import seeded
 from trainfn.data.forms import as_tensors, is_array, is_frame
+from trainfn.data.grouping import length_of
 from trainfn.errors import ConfigError, DataError, listed
 from trainfn.tree import Tree, batch_length, map_leaves, named_leaves
 
@@ -32,7 +32,8 @@ SUPPORTED = (
     "or a function batch(index)"
 )
 
-_STREAM = "a stream has no positions to resume at: pass list(data) if it fits in memory, or give it __getitem__"
+_STREAM = "fit takes it as it is; here, trainfn.data.Stream(data, batch_size=...) makes batches of it"
+RAGGED = "items that differ in shape or fields need a function of yours: collate="
 _HINTS: dict[Any, str] = {
     DataLoader: "fit takes it as it is; here, pass its data set: data=loader.dataset, batch_size=loader.batch_size",
     (str, bytes, bytearray): "trainfn.data.ByteText(text, length=128) makes windows of a text",
@@ -78,7 +79,7 @@ def make_source(data: object, collate: str | Collate | None = None) -> Source:
     if is_frame(data):
         raise DataError(
             "Which column of the frame is the target?",
-            got=_kind(data),
+            got=kind_of(data),
             hint="data=trainfn.data.read_frame(frame, target=...), or a task with target=",
         )
     if isinstance(data, (tuple, dict)) or is_array(data):
@@ -97,7 +98,7 @@ def make_source(data: object, collate: str | Collate | None = None) -> Source:
     else:
         source = Items(data, collate)
     if len(source) == 0:
-        raise DataError("The data set is empty.", expected="at least one example", got=f"len({_kind(data)}) = 0")
+        raise DataError("The data set is empty.", expected="at least one example", got=f"len({kind_of(data)}) = 0")
     return source
 
 
@@ -108,6 +109,8 @@ def is_function(data: object) -> bool:
     (True, False)
     """
     known = hasattr(type(data), "__len__") or hasattr(type(data), "__getitem__") or hasattr(type(data), "__next__")
+    if inspect.isgeneratorfunction(data):
+        return False
     return callable(data) and not known and not isinstance(data, (type, DataLoader, IterableDataset))
 
 
@@ -137,7 +140,7 @@ class Function:
 
     def fetch(self, indices: Tensor, *, seed: int, cursor: int) -> Batch:
         number = int(indices[0])
-        with _seeded(seed, cursor):
+        with seeded(seed, cursor):
             try:
                 batch = as_tensors(self._function(number))
             except Exception as error:
@@ -150,7 +153,7 @@ class Function:
         return batch
 
     def sample(self, indices: list[int]) -> Tree:
-        return [map_leaves(_bits, self.fetch(torch.tensor([number]), seed=0, cursor=number)) for number in (0, 1)]
+        return [map_leaves(bits, self.fetch(torch.tensor([number]), seed=0, cursor=number)) for number in (0, 1)]
 
 
 class Finished:
@@ -169,7 +172,7 @@ class Finished:
 
     def fetch(self, indices: Tensor, *, seed: int, cursor: int) -> Batch:
         batch = self.source.fetch(indices, seed=seed, cursor=cursor)
-        with _seeded(seed, cursor) if self._draws else nullcontext():
+        with seeded(seed, cursor) if self._draws else nullcontext():
             try:
                 return self._finish(batch)
             except Exception as error:
@@ -237,13 +240,37 @@ class Items:
         draws = getattr(self._data, "draws", True) or (
             self._collate is not None and getattr(self._collate, "draws", True)
         )
-        with _seeded(seed, cursor) if draws else nullcontext():
+        with seeded(seed, cursor) if draws else nullcontext():
             items = self._items(chosen, cursor)
             return self._collated(items, chosen, cursor) if isinstance(items, list) else self._ready(items)
 
     def sample(self, indices: list[int]) -> Tree:
-        with _seeded(0, 0):
-            return {"items": [map_leaves(_bits, self._item(index, indices)) for index in indices]}
+        with seeded(0, 0):
+            return {"items": [map_leaves(bits, self._item(index, indices)) for index in indices]}
+
+    def lengths(self) -> Tensor:
+        """Return how long each item is, [items] int64: what the data set's ``lengths`` says, or by looking at each.
+
+        Raises:
+            DataError: ``lengths`` has another number of entries, or no item has a length.
+
+        >>> Items(["to", "be", "or not"]).lengths()
+        tensor([2, 2, 6])
+        """
+        known = getattr(self._data, "lengths", None)
+        if known is None:
+            with seeded(0, 0):
+                known = [length_of(self._item(index, [index])) for index in range(len(self))]
+        found = torch.as_tensor(known, dtype=torch.int64)
+        if found.shape != (len(self),) or not bool(found.any()):
+            raise DataError(
+                "The examples have no lengths to group them by.",
+                where="group_by_length",
+                expected=f"{len(self)} lengths",
+                got=f"{list(found.shape)} of them, the longest {int(found.max()) if found.numel() else 0}",
+                hint="items with lists, tensors or texts in them; or an attribute lengths of the data set",
+            )
+        return found
 
     def _items(self, chosen: list[int], cursor: int) -> Any:
         fetch_all = getattr(self._data, "__getitems__", None)
@@ -262,11 +289,10 @@ class Items:
 
     def _collated(self, items: list[Any], chosen: list[int], cursor: int) -> Batch:
         try:
-            batch = stacked(items) if self._collate is None else self._collate(items)
+            return collated(items, self._collate)
         except Exception as error:
-            hint = None if self._collate else "items that differ in shape or fields need a function of yours: collate="
+            hint = None if self._collate else RAGGED
             raise _failed("Collating a batch", error, chosen, cursor, hint) from error
-        return dict(batch) if isinstance(batch, Mapping) else batch
 
     def _ready(self, batch: Any) -> Batch:
         batch = as_tensors(dict(batch) if isinstance(batch, Mapping) else batch)
@@ -277,30 +303,20 @@ class Items:
             raise ConfigError(
                 "collate has nothing to collate: the data set's __getitems__ returns finished batches.",
                 expected="a list of items",
-                got=_kind(batch),
+                got=kind_of(batch),
                 hint="drop collate, or let __getitems__ return a list",
             )
         return finish(batch)
 
 
-@contextmanager
-def _seeded(seed: int, cursor: int) -> Iterator[None]:
-    """Seed the global generators from (seed, cursor), and put them back after (CPU only; numpy's is the slow one)."""
-    numpy = sys.modules.get("numpy")
-    torch_state, python_state = torch.get_rng_state(), random.getstate()
-    numpy_state = numpy.random.get_state() if numpy else None
-    drawn = int.from_bytes(hashlib.sha256(f"{seed}:{cursor}".encode()).digest()[:8], "little")
-    try:
-        torch.default_generator.manual_seed(drawn)
-        random.seed(drawn)
-        if numpy:
-            numpy.random.seed(drawn % 2**32)
-        yield
-    finally:
-        torch.set_rng_state(torch_state)
-        random.setstate(python_state)
-        if numpy:
-            numpy.random.set_state(numpy_state)
+def collated(items: list[Any], collate: Collate | None) -> Batch:
+    """Return a batch of items, stacked if there is no function that collates them.
+
+    >>> collated([1, 2], None)
+    tensor([1, 2])
+    """
+    batch = stacked(items) if collate is None else collate(items)
+    return dict(batch) if isinstance(batch, Mapping) else batch
 
 
 def _remedy(tree: Tree) -> str:
@@ -314,7 +330,7 @@ def _remedy(tree: Tree) -> str:
 def _check_map_style(data: object) -> None:
     hint = next((hint for kind, hint in _HINTS.items() if isinstance(data, kind)), None)
     if hint is not None or not (hasattr(type(data), "__len__") and hasattr(type(data), "__getitem__")):
-        raise DataError("Training cannot read data of this kind.", expected=SUPPORTED, got=_kind(data), hint=hint)
+        raise DataError("Training cannot read data of this kind.", expected=SUPPORTED, got=kind_of(data), hint=hint)
 
 
 def _failed(
@@ -328,11 +344,21 @@ def _failed(
     return DataError(f"{subject} failed.", where=where, got=f"{type(error).__name__}: {error}", hint=hint)
 
 
-def _bits(leaf: Any) -> Any:
+def bits(leaf: Any) -> Any:
+    """Return a leaf of an example as something whose digest is stable between processes.
+
+    >>> bits(3), bits(object)
+    (3, 'type')
+    """
     if hasattr(leaf, "tobytes") and str(getattr(leaf, "dtype", "")) != "object":  # numpy arrays, PIL images
         return leaf.tobytes()
     return leaf if isinstance(leaf, (Tensor, str, bytes, int, float)) else type(leaf).__qualname__
 
 
-def _kind(data: object) -> str:
+def kind_of(data: object) -> str:
+    """Return what data is called in a message.
+
+    >>> kind_of([])
+    'list'
+    """
     return f"{type(data).__module__}.{type(data).__qualname__}".removeprefix("builtins.")

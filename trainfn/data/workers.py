@@ -11,10 +11,8 @@ import contextlib
 import signal
 import threading
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any
-
-from torch.utils.data import DataLoader
 
 from trainfn.errors import DataError
 
@@ -22,23 +20,26 @@ POLL = 1
 """Seconds between two looks at the workers; the ``timeout`` of the DataLoader."""
 
 
-def delivered(loader: DataLoader[Any], numbers: Sequence[int], *, limit: float | None) -> Generator[Any, None, None]:
-    """Yield what the DataLoader yields. Its workers end with the iterator.
+def delivered(iterator: Iterator[Any], numbers: Iterable[int], *, limit: float | None) -> Generator[Any, None, None]:
+    """Yield what the iterator of a ``DataLoader`` yields. Its workers end with it: nobody else is to hold it.
 
     Args:
-        loader: with ``timeout=POLL``, if it has workers.
-        numbers: of the batches that it delivers, for messages.
+        iterator: of a loader with ``timeout=POLL``, if it has workers and that is ours to say; others ask less often.
+        numbers: of the batches that it delivers, for messages; it may end before them.
         limit: seconds to wait for one of them; None for ever.
 
     Raises:
         DataError: a worker has died, or no batch has come within ``limit``.
     """
-    iterator = iter(loader)
     workers: Sequence[Any] = getattr(iterator, "_workers", ())
     with _undisturbed(), _Watch(workers, limit) as watch:
         try:
             for number in numbers:
-                yield _await(iterator, workers, number, watch)
+                try:
+                    parcel = _await(iterator, workers, number, watch)
+                except StopIteration:
+                    return
+                yield parcel
         except BaseException:
             shut_down = getattr(iterator, "_shutdown_workers", None)
             if shut_down is not None:  # now: an error's traceback keeps the iterator alive

@@ -17,6 +17,7 @@ from typing import Any
 import attrs
 from torch import nn
 
+from trainfn.attention import attending
 from trainfn.batch import Batch, micro_batches
 from trainfn.diagnose.diagnosis import Cause, Diagnosis, Part, Spoilt
 from trainfn.diagnose.replay import Key, Replay, bad_elements, is_finite, replay
@@ -64,7 +65,7 @@ def diagnose(step: Step, state: TrainState, batch: Batch) -> Diagnosis:
     spoilt = _spoilt(state, batch)
     common: dict[str, Any] = {"cursor": state.cursor, "micro_batches": len(parts)}
     merged, buffers = None, state.buffers
-    with surroundings(step.model, state, training=True):
+    with attending(step.attention), surroundings(step.model, state, training=True):
         for number, part in enumerate(parts, 1):
             again = functools.partial(
                 replay, step, state, buffers, part, [generator.get_state() for generator in generators(state)]

@@ -20,6 +20,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from trainfn.attention import attending
 from trainfn.batch import Batch, micro_batches
 from trainfn.engine.choice import Mode, choose
 from trainfn.engine.cudagraph import Asked, Capturing, Cases, check_donated, make_capturing
@@ -142,7 +143,8 @@ class CompiledStep:
         cursor = state.cursor  # of a consumed state, this raises
         if not self._settled:
             self.settle(state)
-        after = self._run(state, batch, cursor) or self._run(state, batch, cursor)  # the second one in eager
+        with attending(self.step.attention):
+            after = self._run(state, batch, cursor) or self._run(state, batch, cursor)  # the second one in eager
         assert after is not None
         if self.donate:
             _consume(state)
@@ -276,7 +278,7 @@ class CompiledStep:
         try:
             if self._surprises > _MOST_SURPRISES:
                 raise RuntimeError("something in Python that the model or the loss reads changes from step to step")
-            with surroundings(self.step.model, state, training=True), compiling():
+            with surroundings(self.step.model, state, training=True), compiling(self.step.attention):
                 report = form.program(held, batch)
         except (TrainfnError, torch.OutOfMemoryError):
             raise

@@ -105,7 +105,8 @@ class Pack:
 
 def counters(state: TrainState) -> dict[str, Tree]:
     """Return the counters, the loss scale and the statistics of a state."""
-    return {"step": state.step, "scale": state.scale, "health": state.health, "stats": state.stats}
+    counts = {"step": state.step, "scale": state.scale, "health": state.health, "stats": state.stats}
+    return counts | {"lr_factor": state.lr_factor}
 
 
 class Layout:
@@ -119,6 +120,7 @@ class Layout:
     Attributes:
         optimizer: the Transform that does the same to packs.
         trained: the packs of trained parameters.
+        is_lowered: whether updates are multiplied by a factor, which no fused kernel does.
 
     >>> import trainfn
     >>> optimizer = trainfn.optim.adamw(decay=trainfn.optim.matrices_only)
@@ -146,6 +148,7 @@ class Layout:
             self.trained = _packs(params, lambda name: name)
         self._buffers = _packs(state.buffers, lambda name: None)
         self._rest = _packs(dict(named_leaves(counters(state))), lambda name: None)
+        self.is_lowered = state.lr_factor is not None
         self._names, self._buffer_names = tuple(state.params), tuple(state.buffers)
         self._by_name = {pack.name: pack for pack in self.trained}
         self._rows = {pack.name: pack.rows()[0] for pack in self.trained if len(pack.slots) > 1}

@@ -62,14 +62,18 @@ def make_program(mode: ProgramMode, step: Step, layout: Layout, form: Packed, ba
 
 
 @contextmanager
-def compiling() -> Iterator[None]:
+def compiling(attention: str = "auto") -> Iterator[None]:
     """Set what the compiler needs to differentiate inside a program, and where programs are kept.
 
-    Only calls that compile need it.
+    Only calls that compile need it. Programs with another kernel of attention are kept apart: PyTorch's key to what it
+    keeps does not hold the choice (2.13), and the first one compiled would be all that ever ran.
     """
     from torch._dynamo import config
+    from torch.compiler import config as kept
 
-    with kept_programs(), config.patch(trace_autograd_ops=True, recompile_limit=MOST_PROGRAMS):
+    tag = kept.cache_key_tag if attention == "auto" else f"{kept.cache_key_tag} attention={attention}"
+    differentiating = config.patch(trace_autograd_ops=True, recompile_limit=MOST_PROGRAMS)
+    with kept_programs(), differentiating, kept.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
         yield
 
 
@@ -109,7 +113,7 @@ class _Tensors:
 
 def _eager(step: Step, form: _Tensors, backend: Any) -> Program:
     layout, update = form.layout, form.update(step)
-    fused = update.optimizer.fused if form.has_kernels else None
+    fused = update.optimizer.fused if form.has_kernels and not layout.is_lowered else None
 
     def program(held: Held, batch: Batch) -> Report:
         found = summed(layout, step.gradients, held.views, micro_batches(batch, step.accumulate))

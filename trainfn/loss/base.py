@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
@@ -38,8 +39,11 @@ class Loss(Protocol):
 
 L = TypeVar("L", bound=Callable[..., Any])
 
-MARKS = ("widens", "reading", "check_trained")
-"""What a loss may carry as an attribute, beside what it computes: see ``widens``, ``reads`` and ``peft_aware``."""
+_LAST_ALONE = 'a model that gives logits for all positions only beside targets has a loss of its own: loss="own"'
+_LOGITS = ("logits", "out", "output")
+
+MARKS = ("widens", "reading", "check_trained", "takes_target")
+"""What a loss may carry as an attribute: see ``widens``, ``reads``, ``peft_aware`` and ``takes_target``."""
 
 
 def widens(loss: L) -> L:
@@ -53,6 +57,15 @@ def widens(loss: L) -> L:
     """
     cast(Any, loss).widens = True
     return loss
+
+
+def takes_target(loss: Any) -> bool:
+    """Return whether a loss is marked as one that the model computes itself, and needs the targets for.
+
+    >>> takes_target(lambda outputs, batch: outputs.mean())
+    False
+    """
+    return bool(getattr(loss, "takes_target", False))
 
 
 def marked_like(base: Any) -> Callable[[L], L]:
@@ -102,7 +115,10 @@ def as_loss_sum(value: LossSum | Tensor, batch: Batch) -> LossSum:
 
 
 def logits_of(outputs: Any) -> Tensor:
-    """Return the logits in a model's output: the tensor itself, a tuple's first item, ``["logits"]`` or ``.logits``.
+    """Return the logits in a model's output.
+
+    They are the tensor itself; the first item of a tuple, or the logits in it; of a dict or an object, what is called
+    ``logits``, or else ``out``, as torchvision has it, or ``output``.
 
     Quantized logits and floats of 8 bits, for which PyTorch has few operations, come back as float32.
 
@@ -113,16 +129,16 @@ def logits_of(outputs: Any) -> Tensor:
     tensor([1., 1.])
     """
     found = outputs
-    if isinstance(outputs, dict):
-        found = outputs.get("logits")
-    elif isinstance(outputs, (tuple, list)) and outputs:
-        found = outputs[0]
-    elif hasattr(outputs, "logits"):
-        found = outputs.logits
+    while isinstance(found, (tuple, list)) and found and not hasattr(found, "logits"):
+        found = found[0]
+    if not isinstance(found, Tensor):
+        has = found.get if isinstance(found, dict) else partial(getattr, found)
+        found = next((value for name in _LOGITS if (value := has(name, None)) is not None), None)
     if not isinstance(found, Tensor):
         raise ModelError(
             "The model's output holds no logits.",
-            expected="a tensor, a tuple that starts with one, a dict with 'logits', or an object with .logits",
+            expected="a tensor, a tuple that starts with one, a dict with 'logits', or an object with .logits "
+            "('out' and 'output' are names for them, too)",
             got=f"{type(outputs).__name__}({describe(outputs)})",
             hint="pass a loss function of your own: loss(outputs, batch)",
         )
@@ -161,6 +177,7 @@ def check_labels(labels: Tensor, shape: tuple[int, ...], logits: Tensor) -> None
             "The labels do not have the shape that the logits ask for.",
             expected=f"labels {list(shape)} for logits {list(logits.shape)}",
             got=f"labels {list(labels.shape)}",
+            hint=_LAST_ALONE if logits.ndim == 3 and logits.shape[1] == 1 else None,
         )
 
 

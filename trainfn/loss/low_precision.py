@@ -7,7 +7,6 @@ The losses of this room need no such thing: they make their sums in float32 them
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 from torch import Tensor
@@ -15,7 +14,7 @@ from torch import Tensor
 from trainfn.batch import Batch
 from trainfn.loss.base import Loss, LossSum, marked_like, widens
 from trainfn.loss.registry import resolve
-from trainfn.tree import map_leaves
+from trainfn.tree import map_outputs
 
 
 def low_precision_safe(base: str | Loss) -> Loss:
@@ -44,22 +43,9 @@ def low_precision_safe(base: str | Loss) -> Loss:
     @widens
     @marked_like(strategy)
     def loss(outputs: Any, batch: Batch) -> LossSum | Tensor:
-        return strategy(_widen(outputs), batch)
+        return strategy(map_outputs(_widen_leaf, outputs), batch)
 
     return loss
-
-
-def _widen(outputs: Any) -> Any:
-    if isinstance(outputs, dict) and type(outputs) is not dict:  # transformers' ModelOutput
-        return type(outputs)(**{name: _widen(value) for name, value in outputs.items()})
-    if isinstance(outputs, (Tensor, dict, tuple, list)) or hasattr(type(outputs), "__record_fields__"):
-        return map_leaves(_widen_leaf, outputs)
-    if not hasattr(outputs, "__dict__"):
-        return outputs
-    changed = copy.copy(outputs)
-    for name, value in vars(outputs).items():
-        object.__setattr__(changed, name, map_leaves(_widen_leaf, value))
-    return changed
 
 
 def _widen_leaf(leaf: Any) -> Any:

@@ -20,6 +20,7 @@ from trainfn.loss.classification import classification, segmentation, vision_cla
 from trainfn.loss.distillation import distillation
 from trainfn.loss.language_modeling import language_modeling, masked_language_modeling, seq2seq
 from trainfn.loss.multi_label import multi_label
+from trainfn.loss.own import own
 from trainfn.loss.regression import regression
 
 _CHUNK = 4096  # tokens: with 50,000 words, 800 MB of float32 logits; the whole of a large batch takes ten times that
@@ -34,6 +35,7 @@ _LOSSES: dict[str, Callable[..., Loss]] = {
     "masked_language_modeling": masked_language_modeling,
     "mse": partial(regression, kind="mse"),
     "multi_label": multi_label,
+    "own": own,
     "regression": regression,
     "segmentation": segmentation,
     "seq2seq": seq2seq,

@@ -12,7 +12,7 @@
 | ``freeze`` | which parameters stay as they are |
 | ``matrices_only`` | which parameters weight decay is for |
 | ``constant``, ``linear``, ``cosine``, ``polynomial``, ``inverse_sqrt``, ``piecewise`` | schedules of one phase |
-| ``warmup_cosine``, ``warmup_linear``, ``warmup_stable_decay``, ``one_cycle`` | schedules of several phases |
+| ``warmup_constant``, ``warmup_cosine``, ``warmup_linear``, ``warmup_stable_decay``, ``one_cycle`` | of several |
 
 A hyper-parameter (``Hyper``) is a number or a schedule, of any name: rates, decay rates, weight decay, limits.
 """
@@ -30,7 +30,7 @@ from trainfn.optim.moments import AdamState
 from trainfn.optim.muon import MuonState, muon
 from trainfn.optim.nadam import NadamState, nadam
 from trainfn.optim.partition import Labels, matrices_and_others, partition
-from trainfn.optim.phases import one_cycle, warmup_cosine, warmup_linear, warmup_stable_decay
+from trainfn.optim.phases import one_cycle, warmup_constant, warmup_cosine, warmup_linear, warmup_stable_decay
 from trainfn.optim.radam import radam
 from trainfn.optim.rmsprop import RMSpropState, rmsprop
 from trainfn.optim.schedule import constant, cosine, inverse_sqrt, linear, piecewise, polynomial
@@ -78,6 +78,7 @@ __all__ = [
     "radam",
     "rmsprop",
     "sgd",
+    "warmup_constant",
     "warmup_cosine",
     "warmup_linear",
     "warmup_stable_decay",

@@ -55,6 +55,29 @@ def warmup_cosine(peak: float, *, warmup: int, total: int, final: float = 0.0) -
     return Named(schedule, call("warmup_cosine", peak, warmup=warmup, total=total, final=final))
 
 
+def warmup_constant(peak: float, *, warmup: int) -> Schedule:
+    """Return a linear rise to ``peak`` over ``warmup`` steps, which then stays: for runs whose length is not known.
+
+    Args:
+        peak: highest value.
+        warmup: number of steps below it.
+
+    Raises:
+        ConfigError: values that are negative or not finite.
+
+    >>> lr = warmup_constant(1.0, warmup=3)
+    >>> [float(lr(torch.tensor(s))) for s in (0, 2, 3, 99)]
+    [0.25, 0.75, 1.0, 1.0]
+    """
+    check("warmup_constant", {"peak": (peak, NON_NEGATIVE), "warmup": (warmup, COUNT)})
+
+    def schedule(step: Tensor) -> Tensor:
+        now = wide(step)
+        return _rising(now, peak, warmup, torch.full_like(now, peak))
+
+    return Named(schedule, call("warmup_constant", peak, warmup=warmup))
+
+
 def warmup_linear(peak: float, *, warmup: int, total: int, final: float = 0.0) -> Schedule:
     """Return a linear rise to ``peak`` over ``warmup`` steps, then a straight line to ``final`` at step ``total``.
 

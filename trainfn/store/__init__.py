@@ -19,7 +19,7 @@
 
 from trainfn.store.capsule import Capsule, load_capsule, read_notes, save_capsule
 from trainfn.store.checkpoint import CheckpointWarning, cursor_of, glance, load, restore, save, steps
-from trainfn.store.disk import CheckpointDamagedError, CheckpointWriteError, Place
+from trainfn.store.disk import CheckpointDamagedError, CheckpointWriteError, Place, replace, reporting
 from trainfn.store.history import History, cut, rows
 from trainfn.store.lock import RunLockedError, writing
 from trainfn.store.manifest import Manifest
@@ -54,6 +54,8 @@ __all__ = [
     "load_params",
     "prune",
     "read_notes",
+    "replace",
+    "reporting",
     "restore",
     "rows",
     "save",

@@ -109,7 +109,10 @@ def load(path: RunPath, like: TrainState) -> TrainState:
 
 
 def restore(
-    path: RunPath, like: TrainState, *, also: Callable[[Manifest], Iterable[str]] | None = None
+    path: RunPath,
+    like: TrainState | Callable[[Manifest], TrainState],
+    *,
+    also: Callable[[Manifest], Iterable[str]] | None = None,
 ) -> tuple[TrainState, Manifest]:
     """Return a saved state, bit for bit as it was saved, and its manifest.
 
@@ -119,7 +122,8 @@ def restore(
     Args:
         path: a run directory, or one step directory in it.
         like: gives the structure, and each leaf's dtype, shape, device, memory layout and ``requires_grad``. It is
-            not written to and shares no memory with the result. Its numbers do not matter.
+            not written to and shares no memory with the result. Its numbers do not matter. A function is given the
+            manifest, and returns it.
         also: says what else differs, one line each, to be reported in the same error.
 
     Raises:
@@ -136,6 +140,7 @@ def restore(
     (0, {'val_loss': nan}, TensorEntry(dtype='float32', shape=(1, 2)))
     """
     step, manifest, raw = choose(Path(path))
+    like = like(manifest) if callable(like) else like
     return build(manifest, raw, like, where=step, others=also(manifest) if also else ()), manifest
 
 

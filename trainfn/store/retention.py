@@ -23,7 +23,7 @@ from trainfn.store import disk
 from trainfn.store.checkpoint import RunPath, cursor_of, glance, steps
 from trainfn.store.strict_json import Json
 
-_LEFT_BEHIND = re.compile(r"\.(tmp|trash)-((step|capsule)_[0-9]{8,}|history\.jsonl)-[0-9a-f]{8}")
+_LEFT_BEHIND = re.compile(r"\.(tmp|trash)-((step|capsule)_[0-9]{8,}|history\.jsonl|config\.toml)-[0-9a-f]{8}")
 
 
 @attrs.frozen(kw_only=True)
@@ -76,7 +76,8 @@ class Entry:
     @property
     def healthy(self) -> bool:
         """Whether no loss that was measured then was NaN or infinite."""
-        losses = (self.metrics.get(name) for name in ("loss", "val_loss"))
+        evaluated = (name for name in self.metrics if name.startswith("val_") and name.endswith("_loss"))
+        losses = (self.metrics.get(name) for name in ("loss", *evaluated))
         return all(math.isfinite(loss) for loss in losses if isinstance(loss, (int, float)))
 
 

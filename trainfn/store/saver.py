@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import threading
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +17,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
-from trainfn.errors import CheckpointError
+from trainfn.errors import CheckpointError, warn
 from trainfn.state import TrainState
 from trainfn.store.checkpoint import CheckpointWarning, RunPath, save, step_name
 from trainfn.store.disk import Place
@@ -116,9 +115,7 @@ class Saver:
         if job.error is None:
             self.last = job.target
         elif self._on_error == "warn" and isinstance(job.error, CheckpointError):
-            warnings.warn(
-                f"A checkpoint was not saved, and the run goes on: {job.error}", CheckpointWarning, stacklevel=3
-            )
+            warn(f"A checkpoint was not saved, and the run goes on: {job.error}", CheckpointWarning)
         else:
             raise job.error
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from trainfn.batch import TARGET_NAMES, Batch
@@ -13,13 +14,14 @@ from trainfn.errors import DataError, suggest
 from trainfn.tree import describe
 
 
-def select(item: Any, *, inputs: dict[str, str], target: str | None) -> Any:
+def select(item: Any, *, inputs: dict[str, str], target: str | None, optional: bool = False) -> Any:
     """Return an item, or a batch, as a dict of the named fields under the model's names, and the target as ``labels``.
 
     Args:
         item: a dict; or a tuple, whose parts are given the names in order, the last one being the target.
         inputs: fields and the names that the model has for them; all but the target if empty.
         target: field to predict; the one that is called like one if None.
+        optional: whether an item may lack it.
 
     Raises:
         DataError: the item has no such field.
@@ -28,6 +30,7 @@ def select(item: Any, *, inputs: dict[str, str], target: str | None) -> Any:
     {'x': 1, 'labels': 2}
     """
     if isinstance(item, Mapping):
+        target = None if optional and target not in item else target
         missing = [name for name in (*inputs, *([target] if target else [])) if name not in item]
         if missing:
             raise DataError(
@@ -51,6 +54,38 @@ def select(item: Any, *, inputs: dict[str, str], target: str | None) -> Any:
             hint="a tuple is given the names of inputs in order, and its last one is the target: leave target out",
         )
     return dict(zip([*names, "labels"], values, strict=False))
+
+
+def unlearned(batch: Batch, *, finishing: Callable[[Batch], Batch], ids: tuple[int, ...], ignore_index: int) -> Batch:
+    """Return a batch after ``finishing`` it, with labels that are one of ``ids`` not counting.
+
+    Without labels, as in language modelling, tokens are their own; they are then given labels, in which padding by the
+    ``attention_mask`` does not count either.
+
+    >>> import torch
+    >>> unlearned({"input_ids": torch.tensor([[5, 6, 0]])}, finishing=lambda batch: batch, ids=(0,), ignore_index=-100)
+    {'input_ids': tensor([[5, 6, 0]]), 'labels': tensor([[   5,    6, -100]])}
+    """
+    done = finishing(batch)
+    if isinstance(done, tuple):
+        return (*done[:-1], _without(done[-1], ids, ignore_index))
+    if not isinstance(done, dict):
+        return done, _without(done, ids, ignore_index)
+    name = next((name for name in TARGET_NAMES if name in done), None)
+    if name is not None:
+        return done | {name: _without(done[name], ids, ignore_index)}
+    if "input_ids" not in done:
+        raise DataError(
+            "There are no labels in which tokens could be ignored.", expected="labels, or input_ids", got=describe(done)
+        )
+    labels = _without(done["input_ids"], ids, ignore_index)
+    if "attention_mask" in done:
+        labels = labels.masked_fill(done["attention_mask"] == 0, ignore_index)
+    return done | {"labels": labels}
+
+
+def _without(labels: Tensor, ids: tuple[int, ...], ignore_index: int) -> Tensor:
+    return labels.masked_fill(torch.isin(labels, labels.new_tensor(ids)), ignore_index)
 
 
 def finish(batch: Batch, *, finishing: Callable[[Batch], Batch], shapes: dict[str, tuple[int | None, ...]]) -> Batch:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from trainfn.batch import TARGET_NAMES, Batch, inputs, target
-from trainfn.data import Loader
+from trainfn.data import Feed
 from trainfn.errors import DataError, ModelError
 from trainfn.forward import warn_of_unread
 from trainfn.loss import Reading, logits_of, reading_of
@@ -56,7 +56,7 @@ class _Seen:
 
 
 @contextmanager
-def guarding(model: nn.Module, loss: Any, batch: Batch, loaders: dict[str, Loader]) -> Iterator[None]:
+def guarding(model: nn.Module, loss: Any, batch: Batch, loaders: dict[str, Feed]) -> Iterator[None]:
     """Look at the data while ``batch`` goes through the model, in the body of this context.
 
     Args:
@@ -73,6 +73,7 @@ def guarding(model: nn.Module, loss: Any, batch: Batch, loaders: dict[str, Loade
         ForwardWarning: a field of the batch is read neither by the model nor by the loss.
 
     >>> model, batch = nn.Linear(2, 2), (torch.zeros(3, 2), torch.tensor([0, 1, 2]))
+    >>> from trainfn.data import Loader
     >>> from trainfn.loss import classification
     >>> with guarding(model, classification(), batch, {"data": Loader(batch, batch_size=3)}):
     ...     outputs = model(batch[0])
@@ -107,23 +108,11 @@ def guarding(model: nn.Module, loss: Any, batch: Batch, loaders: dict[str, Loade
             hook.remove()
 
 
-def sample(loader: Loader, most: int = EXAMPLES) -> Iterator[Batch]:
-    """Yield batches from all over the data, at least two of them if there are two, with ``most`` examples or so.
-
-    >>> [batch.tolist() for batch in sample(Loader(torch.arange(100), batch_size=10, shuffle=False), most=20)]
-    [[0, 1, 2, 3, 4, 5, 6, 7, 8, 9], [90, 91, 92, 93, 94, 95, 96, 97, 98, 99]]
-    """
-    number = min(8, max(2, most // loader.batch_size)) if not loader.endless else 2
-    last = 1 if loader.endless else loader.batches_per_epoch - 1
-    for cursor in sorted({round(last * at / max(number - 1, 1)) for at in range(number)}):
-        yield loader.batch(cursor)
-
-
-def _check_features(where: str, loader: Loader) -> list[Batch]:
+def _check_features(where: str, loader: Feed) -> list[Batch]:
     """Look at the features of a sample; return its batches without them: all that is needed later, and little of it."""
     seen: dict[str, _Seen] = {}
     kept = []
-    for batch in sample(loader):
+    for batch in loader.sample(EXAMPLES):
         kept.append(_without_features(batch))
         positional, named = inputs(batch)
         for name, leaf in named_leaves({**{f"input {at}": each for at, each in enumerate(positional)}, **named}):

@@ -8,14 +8,16 @@ from typing import Any, cast
 import attrs
 from torch.utils.data import DataLoader
 
-from trainfn.data import read_frame
+from trainfn.data import Batched, is_stream, read_frame
 from trainfn.data.collators import Collate, choose_collator
 from trainfn.data.forms import is_frame, read_data_loader
-from trainfn.data.source import is_function
+from trainfn.data.passes import is_loader
+from trainfn.data.source import is_function, kind_of
 from trainfn.errors import ConfigError, DataError
 from trainfn.loss import Loss
 from trainfn.metric import Metric
 from trainfn.task.config import TrainConfig
+from trainfn.task.sets import named_sets
 from trainfn.task.spec import TaskSpec, make_task
 
 
@@ -25,8 +27,9 @@ class Intake:
 
     Attributes:
         config: the settings, with those of a ``DataLoader`` filled in.
-        data, val_data: what the loaders read.
-        collate, val_collate: what they collate with; None stacks.
+        data: what is trained on, and ``collate`` what its items are collated with; None stacks.
+        ask_collate: what data is collated with that is to be predicted of, and may lack the target.
+        val_data: the sets that are evaluated on, by what their columns begin with: data, and what collates it.
         loss: the loss, by name or as a function.
         loss_name: what it is called, None if it has no name.
         metrics: what is measured.
@@ -35,9 +38,9 @@ class Intake:
 
     config: TrainConfig
     data: Any
-    val_data: Any
     collate: Collate | None
-    val_collate: Collate | None
+    ask_collate: Collate | None
+    val_data: dict[str, tuple[Any, Collate | None]]
     loss: str | Loss
     loss_name: str | None
     metrics: Sequence[str | Metric]
@@ -81,34 +84,29 @@ def take_in(
             expected="loss= or task=",
             hint='for example loss="classification", or task="vision_classification"',
         )
-    data, val_data, spec_for_data = _frames(data, val_data, spec)
-    by_hand, by_hand_val = collate, collate
-    if isinstance(data, DataLoader):
+    data, sets, spec_for_data = _frames(data, named_sets(val_data, data), spec)
+    by_hand = collate
+    if is_stream(data):
+        _check_stream(data, config, given)
+    elif isinstance(data, DataLoader):
         config, data, by_hand = _from_loader(config, given, data, collate)
-    if isinstance(val_data, DataLoader):
-        val_data, by_hand_val = _evaluated(val_data, collate)
     if is_function(data):
         _check_function(config, given)
-    if is_function(val_data):
-        raise DataError(
-            "A function of batches has no end, so there is no evaluating on it.",
-            where="val_data",
-            hint="val_data=[...] or tensors",
-        )
     usual = None if spec_for_data is None else spec_for_data.make_collator()
-    own = [choose_collator(hand, usual) for hand in (by_hand, by_hand_val)]
+    asking = None if spec_for_data is None else spec_for_data.make_collator(predicting=True)
+    evaluated = {name: _evaluated(each, collate) for name, each in sets.items()}
     loss_name = loss if isinstance(loss, str) else None
     if loss is None:
         chosen = cast(TaskSpec, spec)
         loss_name, loss = chosen.loss_in_use, chosen.make_loss()
-    if spec is not None and not metrics and val_data is not None:
+    if spec is not None and not metrics and (sets or config.overfit_batches is not None):
         metrics = spec.metrics_in_use
     return Intake(
         config=config,
         data=data,
-        val_data=val_data,
-        collate=own[0],
-        val_collate=own[1],
+        collate=choose_collator(by_hand, usual),
+        ask_collate=choose_collator(by_hand, asking),
+        val_data={name: (each, choose_collator(hand, usual)) for name, (each, hand) in evaluated.items()},
         loss=loss,
         loss_name=loss_name,
         metrics=metrics,
@@ -116,15 +114,17 @@ def take_in(
     )
 
 
-def _frames(data: object, val_data: object, spec: TaskSpec | None) -> tuple[object, object, TaskSpec | None]:
+def _frames(
+    data: object, sets: dict[str, Any], spec: TaskSpec | None
+) -> tuple[object, dict[str, Any], TaskSpec | None]:
     """Read frames by the task's target, whose fields have the names of :func:`trainfn.data.read_frame` from then on."""
     if spec is None or spec.target is None or not is_frame(data):
-        return data, val_data, spec
+        return data, sets, spec
     features = list(spec.inputs) or None
     table = read_frame(data, target=spec.target, features=features)
-    if is_frame(val_data):
-        val_data = read_frame(val_data, target=spec.target, features=list(table.columns), classes=table.classes)
-    return table, val_data, spec.evolve(inputs={}, target=None)
+    same: dict[str, Any] = {"target": spec.target, "features": list(table.columns), "classes": table.classes}
+    read = {name: read_frame(each, **same) if is_frame(each) else each for name, each in sets.items()}
+    return table, read, spec.evolve(inputs={}, target=None)
 
 
 def _from_loader(
@@ -148,9 +148,19 @@ def _from_loader(
     return attrs.evolve(config, **settings), read.dataset, collate if read.collate is None else read.collate
 
 
-def _evaluated(loader: DataLoader[Any], collate: str | Collate | None) -> tuple[Any, str | Collate | None]:
-    """Return the data set of a loader to evaluate on: all of it, in its own order, in batches of any size."""
-    read = read_data_loader(loader)
+def _evaluated(data: Any, collate: str | Collate | None) -> tuple[Any, str | Collate | None]:
+    """Return the data to evaluate on, of a loader its data set: all of it, in its own order, in batches of any size."""
+    if is_function(data):
+        raise DataError(
+            "A function of batches has no end, so there is no evaluating on it.",
+            where="val_data",
+            hint="val_data=[...] or tensors",
+        )
+    if is_stream(data):
+        _check_val_stream(data)
+    if not isinstance(data, DataLoader) or is_stream(data):
+        return data, collate
+    read = read_data_loader(data)
     if read.settings["drop_last"]:
         raise ConfigError(
             "An evaluation is over all examples.", where="val_data", got="a DataLoader with drop_last=True"
@@ -158,8 +168,36 @@ def _evaluated(loader: DataLoader[Any], collate: str | Collate | None) -> tuple[
     return read.dataset, collate if read.collate is None else read.collate
 
 
+def _check_stream(data: object, config: TrainConfig, given: Mapping[str, Any]) -> None:
+    decided = ["shuffle", "group_by_length", "overfit_batches"]
+    if is_loader(data):
+        decided += ["batch_size", "drop_last", "workers", "worker_timeout"]
+    wrong = [f"{name}={given[name]}" for name in decided if given.get(name)]
+    if config.max_epochs is not None and config.limit_train_batches is None:
+        wrong.append(f"max_epochs={config.max_epochs}: how long an epoch is, nobody knows before it has ended")
+    if wrong:
+        raise ConfigError(
+            "A stream is read in its own order, and does not say how long it is.",
+            where=f"data, {kind_of(data)}",
+            got="; ".join(wrong),
+            hint="say max_steps= (and eval_every=), or limit_train_batches=, which many batches are an epoch then; "
+            "what can be shuffled, a data set shuffles itself",
+        )
+
+
+def _check_val_stream(data: object) -> None:
+    if hasattr(type(data.data if isinstance(data, Batched) else data), "__next__"):
+        raise DataError(
+            "An iterator can be gone through once, and evaluations are many.",
+            where="val_data",
+            got=kind_of(data),
+            hint="pass what can be iterated over again: an object with __iter__, or the generator function itself",
+        )
+
+
 def _check_function(config: TrainConfig, given: Mapping[str, Any]) -> None:
-    decided = [name for name in ("batch_size", "shuffle", "drop_last", "max_epochs") if given.get(name) is not None]
+    names = ("batch_size", "shuffle", "drop_last", "max_epochs", "group_by_length")
+    decided = [name for name in names if given.get(name) is not None]
     if decided:
         raise ConfigError(
             "Batches that a function makes are taken as they are, without end.",

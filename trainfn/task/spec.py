@@ -1,24 +1,13 @@
 """``TaskSpec``: what kind of problem it is, as one frozen value; it chooses loss, collator, metrics and shapes.
 
-| kind | modality | loss | metrics | collator |
-|---|---|---|---|---|
-| ``language_modeling`` | text | language_modeling | accuracy, perplexity | text |
-| ``masked_language_modeling`` | text | masked_language_modeling | accuracy | mlm; text without a ``mask`` token |
-| ``seq2seq`` | text | seq2seq | accuracy | text |
-| ``text_classification`` | text | classification | accuracy | text |
-| ``vision_classification`` | image | vision_classification | accuracy | image |
-| ``segmentation`` | image | segmentation | accuracy | image |
-| ``multi_label`` | table | multi_label | multi_label_f1 | that of the modality |
-| ``regression`` | table | mse | root_mean_squared_error | that of the modality |
-| ``tabular`` | table | classification | accuracy | table |
+What each kind chooses is in the table of :mod:`trainfn.task.kinds`.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar
 
 import attrs
 import torch
@@ -27,60 +16,70 @@ from torch import Tensor
 from trainfn.batch import TARGET_NAMES
 from trainfn.data.collate import Collator
 from trainfn.data.collators import collator, collator_names
-from trainfn.errors import ConfigError, suggest
+from trainfn.errors import ConfigError, listed, suggest
 from trainfn.loss import Loss, make
-from trainfn.task.fields import finish, select
-
-VERSION = 1
-"""The version of the form that :meth:`TaskSpec.to_json` writes."""
-
-
-class _Kind(NamedTuple):
-    modality: str
-    loss: str
-    metrics: tuple[str, ...]
-    label: tuple[int, ...] | None  # shape of one label; None: that of the first input, as for tokens and pixels
-
-
-_KINDS = {
-    "language_modeling": _Kind("text", "language_modeling", ("accuracy", "perplexity"), None),
-    "masked_language_modeling": _Kind("text", "masked_language_modeling", ("accuracy",), None),
-    "seq2seq": _Kind("text", "seq2seq", ("accuracy",), None),
-    "text_classification": _Kind("text", "classification", ("accuracy",), ()),
-    "vision_classification": _Kind("image", "vision_classification", ("accuracy",), ()),
-    "segmentation": _Kind("image", "segmentation", ("accuracy",), None),
-    "multi_label": _Kind("table", "multi_label", ("multi_label_f1",), (2,)),
-    "regression": _Kind("table", "mse", ("root_mean_squared_error",), ()),
-    "tabular": _Kind("table", "classification", ("accuracy",), ()),
-}
-_SHAPES: dict[str, tuple[int | None, ...]] = {"text": (16,), "image": (3, 32, 32), "table": (8,)}
-_FIELDS = {"text": "input_ids", "image": "pixel_values", "table": "features"}
-_OTHER_NAMES = {
-    "causal_lm": "language_modeling",
-    "mlm": "masked_language_modeling",
-    "masked_lm": "masked_language_modeling",
-}
+from trainfn.task.fields import finish, select, unlearned
+from trainfn.task.kinds import FIELDS, KINDS, SHAPES, kind_answer, kinds_renamed
+from trainfn.task.settings import short
+from trainfn.task.written import Form, Migration, Written
 
 
 def _names(value: Any) -> Any:
     if isinstance(value, str):
         return {value: value}
-    return dict(value) if isinstance(value, Mapping) else {name: name for name in value}
+    return {name: name for name in value} if isinstance(value, (list, tuple)) and _are_words(value) else value
 
 
-def _metric_names(value: Any) -> Any:
-    return (value,) if isinstance(value, str) else value if value is None else tuple(value)
+def _several(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
 
 
-def _shape_table(value: Mapping[str, Sequence[int | None]]) -> Any:
-    return {name: tuple(shape) for name, shape in value.items()} if isinstance(value, Mapping) else value
+def _shape_table(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {name: tuple(shape) if isinstance(shape, list) else shape for name, shape in value.items()}
+
+
+def _are_words(value: Any) -> bool:
+    return all(isinstance(each, str) for each in value)
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_table(value: Any, fits: Callable[[Any], bool]) -> bool:
+    return isinstance(value, dict) and _are_words(value) and all(map(fits, value.values()))
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, tuple) and all(side is None or _is_id(side) for side in value)
+
+
+def _word(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+_TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "name": (_word, "a text"),
+    "inputs": (lambda value: _is_table(value, _word), "names, or a dict of names"),
+    "target": (lambda value: value is None or _word(value), "a name"),
+    "loss": (lambda value: value is None or _word(value), "a name"),
+    "loss_options": (lambda value: _is_table(value, lambda _: True), "a dict of options by name"),
+    "metrics": (lambda value: value is None or (isinstance(value, tuple) and _are_words(value)), "a list of names"),
+    "ignore_index": (lambda value: isinstance(value, int) and not isinstance(value, bool), "an int"),
+    "ignore": (lambda value: isinstance(value, tuple) and _are_words(value), "roles of special tokens"),
+    "collate_options": (lambda value: _is_table(value, lambda _: True), "a dict of options by name"),
+    "special_tokens": (lambda value: _is_table(value, _is_id), "a dict of ids, ints >= 0"),
+    "shapes": (lambda value: _is_table(value, _is_shape), "a dict of shapes: ints >= 0, or None for any size"),
+}
 
 
 @attrs.frozen(kw_only=True)
-class TaskSpec:
+class TaskSpec(Written):
     """A task: ``fit(model, data, task=TaskSpec(kind="regression", target="price"))``.
 
-    What is None is chosen by ``kind``, see the table of this module.
+    What is None is chosen by ``kind``, see :mod:`trainfn.task.kinds`.
 
     Attributes:
         kind: what is predicted.
@@ -94,6 +93,8 @@ class TaskSpec:
         loss_options: keywords of the function in :mod:`trainfn.loss` that makes it.
         metrics: what is measured on the evaluation data.
         ignore_index: label that does not count: for the loss, for metrics by name, and what padding is labelled with.
+        ignore: roles of ``special_tokens`` that are not learned, such as ``("pad",)`` for text that comes padded and
+            without a mask: where they are a label, it does not count.
         collate: name of the collator.
         collate_options: its keywords; see :func:`trainfn.data.collator`.
         special_tokens: ids of tokens by role: ``pad`` fills up, ``mask`` masks, and no other one is masked.
@@ -114,36 +115,38 @@ class TaskSpec:
     target: str | None = None
     loss: str | None = None
     loss_options: dict[str, Any] = attrs.field(factory=dict)
-    metrics: tuple[str, ...] | None = attrs.field(default=None, converter=_metric_names)
+    metrics: tuple[str, ...] | None = attrs.field(default=None, converter=_several)
     ignore_index: int = -100
+    ignore: tuple[str, ...] = attrs.field(default=(), converter=_several)
     collate: str | None = None
     collate_options: dict[str, Any] = attrs.field(factory=dict)
     special_tokens: dict[str, int] = attrs.field(factory=dict)
     shapes: dict[str, tuple[int | None, ...]] = attrs.field(factory=dict, converter=_shape_table)
 
-    def __attrs_post_init__(self) -> None:
-        wrong = []
-        if self.kind not in _KINDS:
-            wrong.append(f"kind={self.kind!r} ({suggest(str(self.kind), _KINDS)})")
-        if self.modality not in (None, *_SHAPES):
-            wrong.append(f"modality={self.modality!r} ({suggest(str(self.modality), _SHAPES)})")
-        if self.collate is not None and self.collate not in collator_names():
-            wrong.append(f"collate={self.collate!r} ({suggest(str(self.collate), collator_names())})")
-        if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, int):
-            wrong.append(f"ignore_index={self.ignore_index!r} (expected an int)")
-        if self.target is not None and self.target in self.inputs:
-            wrong.append(f"target={self.target!r} is one of the inputs")
-        if len(set(self.inputs.values())) < len(self.inputs):
-            wrong.append(f"inputs={self.inputs!r} gives two fields one name")
-        tokens = self.special_tokens.items()
-        bad = [name for name, number in tokens if isinstance(number, bool) or not isinstance(number, int) or number < 0]
-        if bad:
-            wrong.append(f"special_tokens: {', '.join(bad)} (expected ids, ints >= 0)")
-        sides = [side for shape in self.shapes.values() for side in shape if side is not None]
-        if any(isinstance(side, bool) or not isinstance(side, int) or side < 0 for side in sides):
-            wrong.append(f"shapes={self.shapes!r} (expected ints >= 0, or None for any size)")
-        if wrong:
-            raise ConfigError("The task cannot be used.", got="\n    ".join(["", *wrong]))
+    form: ClassVar[Form] = Form(
+        what="The task",
+        version=1,
+        migrations={0: Migration(name="kinds by other names", change=kinds_renamed)},
+        answer=suggest,
+    )
+
+    @classmethod
+    def mistakes(cls, fields: Mapping[str, Any]) -> list[str]:
+        """Return what is wrong with the fields that there are, each for itself and together; a line each."""
+        of = {field.name: field.converter(fields[field.name]) if field.converter else fields[field.name]
+              for field in attrs.fields(cls) if field.name in fields}  # fmt: skip
+        wrong = [
+            f"{name}={short(of[name])} (expected {expected})"
+            for name, (fits, expected) in _TYPES.items()
+            if name in of and not fits(of[name])
+        ]
+        words: dict[str, Any] = {"modality": SHAPES, "collate": collator_names()}
+        for name, known in words.items():
+            if of.get(name) is not None and not (_word(of[name]) and of[name] in known):
+                wrong.append(f"{name}={short(of[name])} ({suggest(str(of[name]), known)})")
+        if "kind" in of and not (_word(of["kind"]) and of["kind"] in KINDS):
+            wrong.insert(0, f"kind={short(of['kind'])} ({kind_answer(str(of['kind']))})")
+        return wrong or _contradictions(of)
 
     @property
     def title(self) -> str:
@@ -153,17 +156,17 @@ class TaskSpec:
     @property
     def modality_in_use(self) -> str:
         """The modality: the one given, or the kind's."""
-        return self.modality or _KINDS[self.kind].modality
+        return self.modality or KINDS[self.kind].modality
 
     @property
     def loss_in_use(self) -> str:
         """The name of the loss: the one given, or the kind's."""
-        return self.loss or _KINDS[self.kind].loss
+        return self.loss or KINDS[self.kind].loss
 
     @property
     def metrics_in_use(self) -> tuple[str, ...]:
         """The metrics: those given, or the kind's."""
-        return _KINDS[self.kind].metrics if self.metrics is None else self.metrics
+        return KINDS[self.kind].metrics if self.metrics is None else self.metrics
 
     @property
     def collator_in_use(self) -> str:
@@ -187,8 +190,11 @@ class TaskSpec:
             options.setdefault("ignore_index", self.ignore_index)
         return make(self.loss_in_use, **options)
 
-    def make_collator(self) -> Collator:
+    def make_collator(self, *, predicting: bool = False) -> Collator:
         """Return the collator: fields by name, then stacked, then held to the shapes.
+
+        Args:
+            predicting: items may lack the target.
 
         Raises:
             ConfigError: an option that is unknown, or missing.
@@ -206,9 +212,15 @@ class TaskSpec:
             options |= {"mask_id": self.special_tokens["mask"]} if "mask" in self.special_tokens else {}
             options.setdefault("special_ids", sorted(self.special_tokens.values()))
         base = collator(name, **options)
-        chosen = partial(select, inputs=self.inputs, target=self.target) if self.inputs or self.target else base.select
-        finished = partial(finish, finishing=base.finish, shapes=self.shapes) if self.shapes else base.finish
-        return attrs.evolve(base, select=chosen, finish=finished)
+        chosen, done = base.select, base.finish
+        if self.inputs or self.target:
+            chosen = partial(select, inputs=self.inputs, target=self.target, optional=predicting)
+        if self.ignore and not predicting:
+            ids = tuple(self.special_tokens[role] for role in self.ignore)
+            done = partial(unlearned, finishing=done, ids=ids, ignore_index=self.ignore_index)
+        if self.shapes:
+            done = partial(finish, finishing=done, shapes=self.shapes)
+        return attrs.evolve(base, select=chosen, finish=done)
 
     def example(self, examples: int = 2) -> dict[str, Tensor]:
         """Return a batch of the task's form, all zeros: to try a model on, or to export it with.
@@ -219,9 +231,9 @@ class TaskSpec:
         >>> TaskSpec(kind="vision_classification", shapes={"image": (1, 8, 8)}).example()["image"].shape
         torch.Size([2, 1, 8, 8])
         """
-        modality, kind = self.modality_in_use, _KINDS[self.kind]
+        modality, kind = self.modality_in_use, KINDS[self.kind]
         shapes = {name: shape for name, shape in self.shapes.items() if name not in TARGET_NAMES}
-        shapes = shapes or dict.fromkeys(self.inputs.values() or [_FIELDS[modality]], _SHAPES[modality])
+        shapes = shapes or dict.fromkeys(self.inputs.values() or [FIELDS[modality]], SHAPES[modality])
         sizes = {name: tuple(8 if side is None else side for side in shape) for name, shape in shapes.items()}
         dtype = torch.int64 if modality == "text" else torch.float32
         batch = {name: torch.zeros(examples, *size, dtype=dtype) for name, size in sizes.items()}
@@ -232,45 +244,6 @@ class TaskSpec:
         numbers = torch.float32 if self.kind in ("regression", "multi_label") else torch.int64
         batch["labels"] = torch.zeros(examples, *(8 if side is None else side for side in label), dtype=numbers)
         return batch
-
-    def evolve(self, **changes: Any) -> TaskSpec:
-        """Return the task with some fields changed.
-
-        >>> TaskSpec(kind="regression").evolve(loss="l1").loss_in_use
-        'l1'
-        """
-        return make_task(attrs.asdict(self) | changes)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the task as a JSON object, with the version of its form.
-
-        >>> TaskSpec.from_json(TaskSpec(kind="regression").to_json()) == TaskSpec(kind="regression")
-        True
-        """
-        written: dict[str, Any] = json.loads(json.dumps({"version": VERSION} | attrs.asdict(self)))
-        return written
-
-    @staticmethod
-    def from_json(written: Mapping[str, Any]) -> TaskSpec:
-        """Return the task that :meth:`to_json` wrote.
-
-        Raises:
-            ConfigError: it is of another version, or has unknown fields.
-
-        >>> TaskSpec.from_json({"version": 0, "kind": "regression"})
-        Traceback (most recent call last):
-            ...
-        trainfn.errors.ConfigError: This task was written in another form.
-          expected: version 1
-          got: version 0
-        """
-        if written.get("version") != VERSION:
-            raise ConfigError(
-                "This task was written in another form.",
-                expected=f"version {VERSION}",
-                got=f"version {written.get('version')}",
-            )
-        return make_task({name: value for name, value in written.items() if name != "version"})
 
 
 def make_task(task: str | TaskSpec | Mapping[str, Any]) -> TaskSpec:
@@ -289,23 +262,22 @@ def make_task(task: str | TaskSpec | Mapping[str, Any]) -> TaskSpec:
     if isinstance(task, TaskSpec):
         return task
     if isinstance(task, str):
-        if task not in _KINDS:
-            hint = f"here it is called {_OTHER_NAMES[task]!r}" if task in _OTHER_NAMES else suggest(task, _KINDS)
-            raise ConfigError("There is no task of this kind.", got=repr(task), hint=hint)
+        if task not in KINDS:
+            raise ConfigError("There is no task of this kind.", got=repr(task), hint=kind_answer(task))
         return TaskSpec(kind=task)
     if not isinstance(task, Mapping):
-        raise ConfigError("The task is neither a kind nor a TaskSpec.", expected=", ".join(_KINDS), got=repr(task))
-    known = [field.name for field in attrs.fields(TaskSpec)]
-    unknown = [f"{name} ({suggest(name, known)})" for name in task if name not in known]
-    if unknown:
-        raise ConfigError("A task has no such field.", got="; ".join(unknown))
-    return TaskSpec(**dict(task))
+        raise ConfigError("The task is neither a kind nor a TaskSpec.", expected=", ".join(KINDS), got=repr(task))
+    return TaskSpec.of(task)
 
 
-def kinds() -> list[str]:
-    """Return the kinds of task, each of which is a preset: ``fit(model, data, task="regression")``.
-
-    >>> "segmentation" in kinds()
-    True
-    """
-    return list(_KINDS)
+def _contradictions(of: Mapping[str, Any]) -> list[str]:
+    """Return in what fields of the right types contradict each other; a line each."""
+    wrong, inputs, tokens = [], of.get("inputs", {}), of.get("special_tokens", {})
+    if of.get("target") is not None and of["target"] in inputs:
+        wrong.append(f"target={of['target']!r} is one of the inputs")
+    if len(set(inputs.values())) < len(inputs):
+        wrong.append(f"inputs={inputs!r} gives two fields one name")
+    absent = [role for role in of.get("ignore", ()) if role not in tokens]
+    if absent:
+        wrong.append(f"ignore={listed(absent)} (no such special token; {suggest(absent[0], tokens)})")
+    return wrong
