@@ -92,7 +92,7 @@ class Loop:
         """Take the steps, and return what they leave behind; what ``fit`` does after ``plan``."""
         try:
             left = self._steps()
-            result = self._result(str(self._over_by) if left is None else left.name)
+            result = self._result((self._over_by or "data") if left is None else left.name)
         except BaseException as error:
             self._end(None, error)
             raise

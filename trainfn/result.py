@@ -39,8 +39,8 @@ class FitResult:
         checkpoint: the directory of the last checkpoint, or None without ``out_dir``.
         best_checkpoint: the directory of the checkpoint that was saved at ``best``, or None if there is none.
         seconds: wall time of this call.
-        ended_by: why it ended: ``"max_steps"``, ``"max_epochs"``, ``"max_seconds"``, ``"early_stopping_patience"``, or
-            the name of a signal.
+        ended_by: why it ended: ``"max_steps"``, ``"max_epochs"``, ``"max_seconds"``, ``"early_stopping_patience"``,
+            ``"data"`` that came to its end, or the name of a signal.
     """
 
     state: TrainState
