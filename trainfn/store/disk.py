@@ -69,7 +69,7 @@ def check(path: Path, *, size: int) -> None:
         pass
 
 
-def commit(target: Path, files: Mapping[str, bytes], *, displace: bool = False) -> None:
+def commit(target: Path, files: Mapping[str, bytes | memoryview], *, displace: bool = False) -> None:
     """Make the directory ``target`` hold exactly ``files``. On return that survives power loss; on failure, no trace.
 
     Args:
@@ -249,7 +249,7 @@ def _opened(path: Path, *, size: int, exact: bool) -> Iterator[tuple[int, int]]:
         raise kind(f"The file cannot be read: {error.strerror}.", where=path) from error
 
 
-def _write(path: Path, data: bytes) -> None:
+def _write(path: Path, data: bytes | memoryview) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)  # less the umask
     try:
         rest = memoryview(data)

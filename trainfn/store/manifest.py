@@ -142,7 +142,7 @@ def parse(raw: bytes, *, where: object = None) -> Manifest:
     return manifest
 
 
-def sha256(data: bytes) -> str:
+def sha256(data: bytes | memoryview) -> str:
     """Return the SHA-256 of ``data`` in hex."""
     return hashlib.sha256(data).hexdigest()
 

@@ -24,8 +24,8 @@ STATE = "state.safetensors"
 
 
 def seal(
-    state: TrainState, others: Mapping[str, bytes], *, config: Mapping[str, Json], **known: Any
-) -> tuple[Manifest, dict[str, bytes]]:
+    state: TrainState, others: Mapping[str, bytes | memoryview], *, config: Mapping[str, Json], **known: Any
+) -> tuple[Manifest, dict[str, bytes | memoryview]]:
     """Return the manifest of a directory that holds a state and other files, and the contents of all these files.
 
     Args:
@@ -40,7 +40,7 @@ def seal(
     named = structure.leaves(state)
     scalars = {name: leaf for name, leaf in named.items() if type(leaf) is int}
     raw = tensors.encode({name: leaf for name, leaf in named.items() if name not in scalars})
-    files = {STATE: raw, **others}
+    files: dict[str, bytes | memoryview] = {STATE: raw, **others}
     settings = loads(canonical(dict(config)))
     empty: dict[str, Any] = {"optimizer": "", "data": None, "metrics": {}, "tied": {}}
     manifest = Manifest(

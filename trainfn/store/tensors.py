@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import sys
 from typing import Any
 
 import safetensors.torch
@@ -47,8 +48,18 @@ DTYPES = {
 """What a checkpoint can hold, by the format's name for it."""
 
 
-def encode(named: dict[str, Tensor]) -> bytes:
+_LAID_OUT = (
+    "BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "I16", "U16", "F16", "BF16", "I32", "U32", "F32", "C64", "F64", "I64",
+    "U64",
+)  # fmt: skip
+"""The library lays tensors out by dtype, in this order from the last to the first, and then by name."""
+
+
+def encode(named: dict[str, Tensor]) -> memoryview:
     """Return the tensors as safetensors bytes. They are copied to the host and packed; the originals are untouched.
+
+    The bytes are those of ``safetensors.torch.save``. That function holds Python's lock for as long as it takes; here
+    PyTorch copies tensor by tensor without it, so that whoever trains meanwhile goes on.
 
     Raises:
         CheckpointError: a tensor is of a dtype or layout that the format lacks, or holds no data (all are named).
@@ -63,25 +74,36 @@ def encode(named: dict[str, Tensor]) -> bytes:
             expected="dense tensors with data, of dtype " + ", ".join(_name(dtype) for dtype in DTYPES.values()),
             got="; ".join(wrong),
         )
-    hosted: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in named.items():
-        host = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-        storage = host.untyped_storage().data_ptr()
-        hosted[name] = host.clone() if storage in seen else host  # the library refuses tensors that share memory
-        seen.add(storage)
-    return bytes(safetensors.torch.save(hosted))
+    assert sys.byteorder == "little", "the format is little-endian, and numbers are copied as they are"
+    codes = {dtype: code for code, dtype in DTYPES.items()}
+    ordered = sorted(named, key=lambda name: (-_LAID_OUT.index(codes[named[name].dtype]), name))
+    header, spans, end = {}, {}, 0
+    for name in ordered:
+        tensor, begin = named[name], end
+        end += tensor.numel() * tensor.element_size()
+        spans[name] = (begin, end)
+        header[name] = {"dtype": codes[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    head = len(text).to_bytes(8, "little") + text
+    raw = torch.empty(len(head) + end, dtype=torch.uint8)
+    raw[: len(head)] = torch.frombuffer(bytearray(head), dtype=torch.uint8)
+    for name, (begin, stop) in spans.items():
+        if begin < stop:
+            place = raw[len(head) + begin : len(head) + stop].view(named[name].dtype)
+            place.view(named[name].shape).copy_(named[name].detach())
+    return memoryview(raw.numpy())  # type: ignore[arg-type]
 
 
-def decode(data: bytes) -> dict[str, Tensor]:
+def decode(data: bytes | memoryview) -> dict[str, Tensor]:
     """Return the tensors of safetensors bytes that :func:`entries` has accepted, in memory of their own."""
     try:
-        return dict(safetensors.torch.load(data))
+        return dict(safetensors.torch.load(bytes(data)))
     except SafetensorError as error:
         raise _damaged(str(error)) from error
 
 
-def entries(data: bytes, *, where: object = None, metadata: bool = False) -> dict[str, TensorEntry]:
+def entries(data: bytes | memoryview, *, where: object = None, metadata: bool = False) -> dict[str, TensorEntry]:
     """Return the dtype and shape of every tensor by name, having checked that the header describes all of the data.
 
     Args:
@@ -100,7 +122,7 @@ def entries(data: bytes, *, where: object = None, metadata: bool = False) -> dic
     if not 2 <= length <= min(MAX_HEADER_BYTES, len(data) - 8):
         raise _damaged(f"a header of {length} bytes in a file of {len(data)}", where)
     try:
-        header = json.loads(data[8 : 8 + length].decode(), object_pairs_hook=_unique)
+        header = json.loads(bytes(data[8 : 8 + length]).decode(), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise _damaged(f"a header that is not strict JSON ({error})", where) from error
     if not isinstance(header, dict) or len(header) > MAX_TENSORS:
