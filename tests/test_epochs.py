@@ -116,3 +116,19 @@ def test_batches_of_a_function_have_no_epochs() -> None:
     assert result.epochs == []
     assert "examples_per_second" not in result.history[-1]
     assert result.history[-1]["counted_per_second"] > 0
+
+
+@of_bad_numbers
+@pytest.mark.filterwarnings("ignore:The run has diverged:trainfn.health.HealthWarning")
+@pytest.mark.filterwarnings("ignore:.*far above its recent past:trainfn.health.HealthWarning")
+def test_an_epoch_counts_no_step_that_was_undone_and_a_cut_changes_that_not(tmp_path: Path) -> None:
+    from tests.test_rollback import ROLLS_BACK, spoilt
+    from tests.test_rollback import train as train_back
+
+    settings = ROLLS_BACK | {"max_steps": 12}
+    whole = train_back(spoilt(17), tmp_path / "whole", **settings)
+    (row,) = whole.epochs
+    assert (row["steps"], row["steps_skipped"]) == (8, 0)  # of ten, without batches 3 and 4
+    for stop in (6, 12):
+        cut = train_back(spoilt(17), tmp_path / "cut", **settings | {"max_steps": stop, "resume": "auto"})
+    assert without_clock(cut.epochs) == without_clock(whole.epochs)

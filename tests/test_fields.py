@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import io
 import multiprocessing.process
+import shutil
 import sys
 import threading
 import warnings
@@ -347,3 +348,40 @@ def test_control_a_field_that_does_nothing_is_found_out(
     monkeypatch.setattr(sys.modules[TrainConfig.__module__], "TrainConfig", Idle)
     with pytest.raises(AssertionError, match=r"idle=1 changes nothing in params.*; it changes nothing"):
         acts(TrainConfig, "idle", Change(1, "params"), tmp_path, baseline)
+
+
+# --- what does not change the bits ------------------------------------------------------------------------------------
+
+
+def bits(home: Path, **given: Any) -> dict[int, str]:
+    """The states of steps 3 and 4 of a run that goes on after its second step, with other settings, to the bit."""
+    seen: dict[int, str] = {}
+    shutil.copytree(home.parent / "begun", home)
+    optimizer = given.pop("optimizer", trainfn.optim.adamw(lr=0.05))
+    watch = {"observers": [lambda state: seen.update({state.cursor: digest(state.params)})], "optimizer": optimizer}
+    found = look(home, **{"resume": "auto"} | given | watch)
+    assert found["error"] is None
+    return seen
+
+
+ENDS_AT_ONCE = ("max_seconds", "fast_dev_run", "out_dir", "resume")
+HARMLESS = [
+    field.name
+    for field in attrs.fields(TrainConfig)
+    if not field.metadata["bits"] and field.name not in ENDS_AT_ONCE and field.name in SETTINGS
+    if not {"data", "observers", "begin"} & SETTINGS[field.name].given.keys()
+]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("field", [*HARMLESS, "clip_norm"])
+def test_a_run_goes_on_bit_for_bit_where_a_setting_says_so(field: str, tmp_path: Path) -> None:
+    change, is_control = SETTINGS[field], field not in HARMLESS
+    optimizer = change.given.get("optimizer", trainfn.optim.adamw(lr=0.05))
+    plain = {name: value for name, value in change.given.items() if name in SETTINGS}
+    look(tmp_path / "begun", max_steps=2, optimizer=optimizer, **plain)
+    then, now = bits(tmp_path / "then", **change.given), bits(tmp_path / "now", **{**change.given, field: change.value})
+    common = then.keys() & now.keys()
+    assert common
+    assert ({step: then[step] for step in common} != {step: now[step] for step in common}) == is_control

@@ -219,6 +219,7 @@ def test_nothing_to_train():
 
 def test_device_that_is_not_there():
     refused(ConfigError, "device='cudaa'", device="cudaa")
+    refused(ConfigError, "device='meta'", "no numbers", device="meta")
 
 
 def test_run_directory_that_holds_a_run(tmp_path):

@@ -27,15 +27,18 @@
 | ``directory``, ``signals`` | what is continued and kept in the run directory; being told to stop |
 | ``trial`` | the first micro-batch, tried |
 | ``predict``, ``generate`` | what a trained model says of data, and continues a text with |
-| ``plan``, ``header`` | what is decided before the first step, and how it is said |
-| ``evaluation``, ``observers``, ``halt``, ``rollback`` | what measures a run, watches it, ends it, and sends it back |
+| ``limits``, ``flops`` | what ends a run early; operations of a step, and peaks of devices |
+| ``plan``, ``header``, ``summary`` | what is decided before the first step, and how it is said; parameters as a table |
+| ``evaluation``, ``halt``, ``rollback`` | what measures a run, ends it, and sends it back |
+| ``observers``, ``loggers``, ``progress`` | the points at which a run is watched; what is logged and shown |
+| ``reports``, ``recorder``, ``due`` | rows of steps and epochs, and when something is due |
 | ``loop`` | ``run``; what is done between two steps |
 | ``fit``, ``result`` | ``fit``; ``FitResult`` |
-| ``replay`` | ``replay``: a halted step, taken again |
+| ``replay``, ``profiling`` | a halted step, taken again; ``profile``: where the time of a step goes |
 | ``finders`` | ``find_lr``, ``find_batch_size``: what a few steps tell before a run |
 """
 
-from trainfn import data, errors, lora, loss, metric, optim, per_sample, tree
+from trainfn import data, errors, loggers, lora, loss, metric, optim, per_sample, tree
 from trainfn.data import split
 from trainfn.diagnose import Diagnosis, diagnose
 from trainfn.engine import CompiledStep, compile
@@ -95,6 +98,7 @@ __all__ = [
     "inspect",
     "load",
     "load_params",
+    "loggers",
     "lora",
     "loss",
     "make_step",

@@ -275,7 +275,10 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
+        if device.type == "meta":
+            raise RuntimeError("it holds shapes and no numbers")
+        return device
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
             "The device cannot be used.", got=f"device={name!r} ({str(error).splitlines()[0]})", hint='device="auto"'
