@@ -157,7 +157,7 @@ def control() -> None:
         begin()
         with pytest.raises(MemoryError):
             bytearray(80 << 20)
-        with pytest.raises(TimeoutError):
+        with pytest.raises(TimeoutError):  # noqa: PT012
             while True:
                 pass
 
