@@ -143,6 +143,19 @@ def test_a_sweep_takes_what_fit_takes() -> None:
     assert sweep(steps=12, accumulate=3).losses != sweep(steps=12).losses
 
 
+def test_what_settings_say_of_a_whole_run_is_left_aside() -> None:
+    rest: dict[str, Any] = {"max_steps": 9, "batch_size": 100, "ema": 0.9}
+    whole = trainfn.TrainConfig(
+        **rest, eval_every=5, monitor="val_accuracy", early_stopping_patience=2, min_delta=0.1, out_dir="never_made",
+        on_divergence="rollback", rollback_lr_factor=0.5, max_rollbacks=2,
+    )  # fmt: skip
+    assert sweep(config=whole, steps=12).losses == sweep(config=trainfn.TrainConfig(**rest), steps=12).losses
+    found = trainfn.find_batch_size(model(), (X, Y), loss="classification", config=whole, most=2, device="cpu")
+    assert found.batch_size == 2
+    with pytest.raises(ConfigError, match="nothing to evaluate on"):  # control: by hand, it is answered
+        sweep(steps=12, eval_every=5)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -151,6 +164,8 @@ def test_a_sweep_takes_what_fit_takes() -> None:
         ({"start": 1.0, "end": 0.1, "steps": 3}, r"0 < start < end\); steps=3"),
         ({"start": math.nan}, "0 < start < end"),
         ({"learning_rate": 0.1}, "here it is called 'lr'"),
+        ({"optimizer": sgd(lr=0.1)}, "optimizer=Transform .expected what makes one of a rate"),
+        ({"observers": []}, "observers .it is an argument of fit"),
     ],
 )
 def test_sweeps_that_are_none(settings: Any, message: str) -> None:

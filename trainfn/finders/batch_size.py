@@ -26,7 +26,7 @@ from trainfn.loss import Loss
 from trainfn.optim import Transform
 from trainfn.plan import Plan, plan
 from trainfn.task import TaskSpec, TrainConfig
-from trainfn.task.config import given_settings
+from trainfn.task.config import OF_WHOLE_RUNS, given_settings
 from trainfn.tree import named_leaves
 
 DECIDED = (
@@ -99,7 +99,9 @@ def find_batch_size(
     differ in length, later ones may need more, which ``headroom`` is for.
 
     Args:
-        model, data, loss, task, optimizer, collate, config: as for :func:`trainfn.fit`.
+        model, data, loss, task, optimizer, collate: as for :func:`trainfn.fit`.
+        config: as for :func:`trainfn.fit`; what it says of a whole run (its length, its directory, its evaluations) is
+            left aside.
         most: the largest size to consider; the number of examples over ``accumulate`` if None.
         headroom: share of the memory to leave free, in [0, 1).
         max_memory: bytes that a step may take; what is left on the device, or on the host and in its control group
@@ -122,7 +124,7 @@ def find_batch_size(
     (8, [2, 4, 8])
     """
     _check(most, headroom, max_memory, settings)
-    chosen = {name: value for name, value in given_settings(config, settings).items() if name not in DECIDED}
+    chosen = given_settings(config, settings, aside=(*DECIDED, *OF_WHOLE_RUNS))
     arguments: dict[str, Any] = {"loss": loss, "task": task, "optimizer": optimizer, "collate": collate}
     arguments |= {"compile": "eager", "on_spike": "off"} | chosen | {"max_steps": _STEPS}
 
