@@ -16,6 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 import trainfn
 from trainfn.errors import ConfigError, MissingPackageError, ModelError, StepMemoryError
@@ -254,6 +255,22 @@ def test_the_size_that_is_found_is_one_that_fit_takes() -> None:
     assert trainfn.fit(made, (X, Y), batch_size=size, **options).state.cursor == 2
     with pytest.raises(StepMemoryError):
         trainfn.fit(made, (X, Y), batch_size=size + 1, **options)
+
+
+def test_a_search_reads_what_comes_as_a_loader_or_a_stream() -> None:
+    def pairs() -> Any:
+        yield from zip(X, Y, strict=True)
+
+    options: dict[str, Any] = {"loss": "classification", "device": "cpu"}
+    loader = DataLoader(TensorDataset(X, Y), batch_size=4, shuffle=True, collate_fn=default_collate)
+    for data in (loader, pairs):
+        assert trainfn.find_batch_size(model(), data, most=8, **options).batch_size == 8
+    assert trainfn.find_batch_size(model(), loader, **options).most == len(X)
+    with pytest.raises(ConfigError, match=r"does not say how many[^$]*most="):
+        trainfn.find_batch_size(model(), pairs, **options)
+    for made in (lambda index: (X, Y), trainfn.data.Batched([(X, Y)])):
+        with pytest.raises(ConfigError, match="made already"):
+            trainfn.find_batch_size(model(), made, **options)
 
 
 def test_where_not_even_one_example_fits() -> None:

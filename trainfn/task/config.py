@@ -14,7 +14,7 @@ from trainfn.precision import POLICIES
 from trainfn.task.difference import ConfigDiff, compare
 from trainfn.task.files import Filed
 from trainfn.task.names import answer, renamed
-from trainfn.task.presets import preset
+from trainfn.task.presets import PRESETS, preset
 from trainfn.task.settings import (
     as_path,
     as_patterns,
@@ -281,6 +281,10 @@ def given_settings(
     """
     if config is None:
         return dict(settings)
+    if isinstance(config, str) and config in PRESETS and not os.path.exists(config):
+        raise ConfigError(
+            "A preset is a value, and no file.", got=f"config={config!r}", hint=f'config=TrainConfig.preset("{config}")'
+        )
     if isinstance(config, (str, os.PathLike)):
         config = TrainConfig.load(config)
     if not isinstance(config, TrainConfig):
