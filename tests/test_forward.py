@@ -242,6 +242,19 @@ def test_a_model_may_have_a_loss_of_its_own(data: Any, precision: str) -> None:
     assert result.history[-1]["val_loss"] < 0.1
 
 
+def test_a_loss_may_come_before_the_logits() -> None:
+    class Swapped(Causal):
+        def forward(self, idx: Tensor, targets: Tensor | None = None) -> Any:
+            return super().forward(idx, targets)[::-1]
+
+    data, found = (ROWS[:, :-1], ROWS[:, 1:]), []
+    for made in (Causal, Swapped):
+        torch.manual_seed(0)
+        result = trainfn.fit(made(), data, val_data=data, loss="own", metrics=["accuracy"], max_steps=9, **OWN)
+        found.append((result.history[-1]["val_accuracy"], result.generate([1, 2], max_new_tokens=3).tolist()))
+    assert found[0] == found[1]
+
+
 def test_the_loss_of_a_first_step_is_what_the_model_says() -> None:
     torch.manual_seed(0)
     model = Causal()

@@ -230,6 +230,12 @@ def test_what_cannot_be_predicted_of_is_said() -> None:
         result.predict(lambda index: X)
     with pytest.raises(DataError, match="empty"):
         result.predict([])
+    step, state = result._step, result.state
+    for asked in ((nn.Linear(4, 3), state), (state, step), (step, None)):
+        with pytest.raises(ConfigError, match=r"in this order[^$]*result\.predict"):
+            trainfn.predict(*asked, X)  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match=r"in this order[^$]*result\.generate"):
+            trainfn.generate(*asked, [1])  # type: ignore[arg-type]
 
 
 class Judge(nn.Linear):

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from trainfn.engine import CompiledStep
 from trainfn.errors import ConfigError, DataError, ModelError
 from trainfn.loss import logits_of
-from trainfn.predict import predicting
+from trainfn.predict import predicting, step_of
 from trainfn.state import TrainState
 from trainfn.step import Step
 from trainfn.tree import describe
@@ -93,7 +93,7 @@ def generate(
     tensor([2, 3, 0, 1, 2])
     """
     _check(max_new_tokens, temperature, top_k, top_p, seed, context)
-    plain = step.step if isinstance(step, CompiledStep) else step
+    plain = step_of(step, state)
     stops = _stops(stop)
     prompts, rebuild = _read(prompt, tokenizer)
     longest = context or _context_of(plain.model)

@@ -91,7 +91,7 @@ def predict(
         ema: use the moving average of the parameters; if None, whenever the state has one.
 
     Raises:
-        ConfigError: ``ema=True`` of a state that has none.
+        ConfigError: ``ema=True`` of a state that has none; something else in place of a step or a state.
         DataError: the data cannot be read, or the outputs of its batches differ in shape, as those of texts do that are
             padded to different lengths.
         ModelError: the data does not go through the model.
@@ -119,12 +119,28 @@ def predict_read(
             hint="call it, and pass a batch: result.predict(batch(0))",
         )
     parts, lengths = [], []
-    device = state.step.device
     with predicting(step, state, ema=ema) as outputs_of:
         for batch in itertools.islice(loader.one_pass(), limit):
             lengths.append(batch_length(batch))
-            parts.append(outputs_of(to_device(batch, device)))
+            parts.append(outputs_of(to_device(batch, state.step.device)))
     return _joined(parts, lengths)
+
+
+def step_of(step: Step | CompiledStep, state: TrainState) -> Step:
+    """Return a step as it was before it was compiled.
+
+    Raises:
+        ConfigError: it is none, or the state is none.
+    """
+    plain = step.step if isinstance(step, CompiledStep) else step
+    if not (isinstance(plain, Step) and isinstance(state, TrainState)):
+        raise ConfigError(
+            "A step and a state are asked, in this order.",
+            expected="what trainfn.make_step made, and a state that it trains",
+            got=f"{type(step).__name__}, {type(state).__name__}",
+            hint="after fit: result.predict(data), result.generate(prompt)",
+        )
+    return plain
 
 
 @contextmanager
@@ -137,7 +153,7 @@ def predicting(
         ConfigError: ``ema=True`` of a state that has none.
         ModelError: (from the function) the batch does not go through the model.
     """
-    plain = step.step if isinstance(step, CompiledStep) else step
+    plain = step_of(step, state)
     forward, params = make_forward(plain.model, plain.precision), chosen_params(state, ema)
     arguments = make_arguments(plain.model)
 

@@ -117,7 +117,8 @@ def as_loss_sum(value: LossSum | Tensor, batch: Batch) -> LossSum:
 def logits_of(outputs: Any) -> Tensor:
     """Return the logits in a model's output.
 
-    They are the tensor itself; the first item of a tuple, or the logits in it; of a dict or an object, what is called
+    They are the tensor itself; the first item of a tuple, or the logits in it, where a loss (one number) or None may
+    come before; of a dict or an object, what is called
     ``logits``, or else ``out``, as torchvision has it, or ``output``.
 
     Quantized logits and floats of 8 bits, for which PyTorch has few operations, come back as float32.
@@ -130,7 +131,8 @@ def logits_of(outputs: Any) -> Tensor:
     """
     found = outputs
     while isinstance(found, (tuple, list)) and found and not hasattr(found, "logits"):
-        found = found[0]
+        rest = [each for each in found if each is not None and not (isinstance(each, Tensor) and each.ndim == 0)]
+        found = (rest or found)[0]
     if not isinstance(found, Tensor):
         has = found.get if isinstance(found, dict) else partial(getattr, found)
         found = next((value for name in _LOGITS if (value := has(name, None)) is not None), None)
