@@ -154,6 +154,15 @@ def test_adapters_that_cannot_be_made_are_refused(patterns: Any, options: Any, w
         lora.add(net(), patterns, **options)
     with pytest.raises(ConfigError, match=r"a linear layer itself[^$]*nn\.Sequential"):
         lora.add(nn.Linear(4, 4), "*")
+    once = lora.add(net(), "0")
+    with pytest.raises(ConfigError, match=r"adapters beside these layers already[^$]*got: 0\n"):
+        lora.add(once, "*")
+    assert list(lora.adapters(lora.add(once, "3"))) == ["0", "3"]
+    layer = nn.Linear(4, 4)
+    shared = nn.ModuleDict({"a": layer, "b": layer})
+    with pytest.raises(ConfigError, match=r"under several names[^$]*a is b"):
+        lora.add(shared, "a")
+    assert layer.weight.requires_grad
 
 
 def test_a_tied_weight_is_not_changed_behind_its_other_name() -> None:

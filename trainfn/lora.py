@@ -90,8 +90,8 @@ def add(
         dropout: of the adapters' input.
 
     Raises:
-        ConfigError: a pattern that the name of no linear layer matches; a model that is such a layer itself; an option
-            out of range.
+        ConfigError: a pattern that the name of no linear layer matches, or that of one with adapters; a layer under
+            several names; a model that is such a layer itself; an option out of range.
 
     >>> model = add(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), "0", rank=2)
     >>> [name for name, param in model.named_parameters() if param.requires_grad]
@@ -107,6 +107,25 @@ def add(
     if any(wrong.values()):
         raise ConfigError("Adapters cannot be made so.", got="; ".join(text for text, is_so in wrong.items() if is_so))
     wanted = [patterns] if isinstance(patterns, str) else list(patterns)
+    chosen = _chosen(model, wanted)
+    model.requires_grad_(False)
+    for name, layer in chosen.items():
+        _put(model, name, Adapted(layer, rank=rank, alpha=alpha, dropout=dropout))
+    for adapter in adapters(model).values():
+        adapter.lora_A.requires_grad_()
+        adapter.lora_B.requires_grad_()
+    return model
+
+
+def _chosen(model: nn.Module, wanted: list[str]) -> dict[str, nn.Module]:
+    """Return the layers that the patterns name."""
+    there = [name for name in adapters(model) if any(fnmatchcase(name, each) for each in wanted)]
+    if there:
+        raise ConfigError(
+            "There are adapters beside these layers already.",
+            got=", ".join(there[:4]),
+            hint="lora.merge(model) adds them into the layers first; or begin with the model as it was",
+        )
     inside = tuple(f"{name}." for name in adapters(model))
     if _is_linear(model):
         raise ConfigError(
@@ -122,14 +141,16 @@ def add(
             expected="patterns for names of layers, such as '*.attn.*'",
             got="; ".join(f"{each!r} ({suggest(each, names)})" for each in unmatched) or "no pattern",
         )
-    model.requires_grad_(False)
-    for name in names:
-        if any(fnmatchcase(name, each) for each in wanted):
-            _put(model, name, Adapted(model.get_submodule(name), rank=rank, alpha=alpha, dropout=dropout))
-    for adapter in adapters(model).values():
-        adapter.lora_A.requires_grad_()
-        adapter.lora_B.requires_grad_()
-    return model
+    chosen = {name: model.get_submodule(name) for name in names if any(fnmatchcase(name, each) for each in wanted)}
+    places = [(name, each) for name, each in model.named_modules(remove_duplicate=False) if _is_linear(each)]
+    for name, layer in chosen.items():
+        if others := [other for other, each in places if each is layer and other != name]:
+            raise ConfigError(
+                "A layer is in the model under several names, and would be adapted under one.",
+                got=f"{name} is {', '.join(others)}",
+                hint="choose other layers, or make copies of it",
+            )
+    return chosen
 
 
 def adapters(model: nn.Module) -> dict[str, Adapted]:
