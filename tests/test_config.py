@@ -278,6 +278,8 @@ def test_what_is_passed_by_hand_comes_before_the_configuration(tmp_path: Path) -
         fit(config=config, optimizer=trainfn.optim.sgd(lr=0.1))
     with pytest.raises(ConfigError, match="The configuration is none"):
         fit(config={"max_steps": 1})
+    with pytest.raises(ConfigError, match=r"A preset is a value[^$]*TrainConfig\.preset\(.quick.\)"):
+        fit(config="quick")
 
 
 def test_the_settings_of_a_run_are_in_its_directory(tmp_path: Path) -> None:

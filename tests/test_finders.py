@@ -16,6 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 import trainfn
 from trainfn.errors import ConfigError, MissingPackageError, ModelError, StepMemoryError
@@ -143,6 +144,19 @@ def test_a_sweep_takes_what_fit_takes() -> None:
     assert sweep(steps=12, accumulate=3).losses != sweep(steps=12).losses
 
 
+def test_what_settings_say_of_a_whole_run_is_left_aside() -> None:
+    rest: dict[str, Any] = {"max_steps": 9, "batch_size": 100, "ema": 0.9}
+    whole = trainfn.TrainConfig(
+        **rest, eval_every=5, monitor="val_accuracy", early_stopping_patience=2, min_delta=0.1, out_dir="never_made",
+        on_divergence="rollback", rollback_lr_factor=0.5, max_rollbacks=2,
+    )  # fmt: skip
+    assert sweep(config=whole, steps=12).losses == sweep(config=trainfn.TrainConfig(**rest), steps=12).losses
+    found = trainfn.find_batch_size(model(), (X, Y), loss="classification", config=whole, most=2, device="cpu")
+    assert found.batch_size == 2
+    with pytest.raises(ConfigError, match="nothing to evaluate on"):  # control: by hand, it is answered
+        sweep(steps=12, eval_every=5)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -151,6 +165,8 @@ def test_a_sweep_takes_what_fit_takes() -> None:
         ({"start": 1.0, "end": 0.1, "steps": 3}, r"0 < start < end\); steps=3"),
         ({"start": math.nan}, "0 < start < end"),
         ({"learning_rate": 0.1}, "here it is called 'lr'"),
+        ({"optimizer": sgd(lr=0.1)}, "optimizer=Transform .expected what makes one of a rate"),
+        ({"observers": []}, "observers .it is an argument of fit"),
     ],
 )
 def test_sweeps_that_are_none(settings: Any, message: str) -> None:
@@ -239,6 +255,22 @@ def test_the_size_that_is_found_is_one_that_fit_takes() -> None:
     assert trainfn.fit(made, (X, Y), batch_size=size, **options).state.cursor == 2
     with pytest.raises(StepMemoryError):
         trainfn.fit(made, (X, Y), batch_size=size + 1, **options)
+
+
+def test_a_search_reads_what_comes_as_a_loader_or_a_stream() -> None:
+    def pairs() -> Any:
+        yield from zip(X, Y, strict=True)
+
+    options: dict[str, Any] = {"loss": "classification", "device": "cpu"}
+    loader = DataLoader(TensorDataset(X, Y), batch_size=4, shuffle=True, collate_fn=default_collate)
+    for data in (loader, pairs):
+        assert trainfn.find_batch_size(model(), data, most=8, **options).batch_size == 8
+    assert trainfn.find_batch_size(model(), loader, **options).most == len(X)
+    with pytest.raises(ConfigError, match=r"does not say how many[^$]*most="):
+        trainfn.find_batch_size(model(), pairs, **options)
+    for made in (lambda index: (X, Y), trainfn.data.Batched([(X, Y)])):
+        with pytest.raises(ConfigError, match="made already"):
+            trainfn.find_batch_size(model(), made, **options)
 
 
 def test_where_not_even_one_example_fits() -> None:

@@ -147,8 +147,18 @@ def test_a_profile_is_of_the_steps_of_the_run(tmp_path: Path) -> None:
     assert 0 < found.seconds < 5
     with pytest.raises(ConfigError, match="shorter than"):
         trainfn.profile(model, (X, Y), loss="classification", max_steps=2, device="cpu")
-    with pytest.raises(ConfigError, match="needs steps"):
-        trainfn.profile(model, (X, Y), loss="classification", steps=0)
+    for steps in (0, "5"):
+        with pytest.raises(ConfigError, match="needs steps"):
+            trainfn.profile(model, (X, Y), loss="classification", steps=steps)  # type: ignore[arg-type]
+
+
+def test_a_profile_is_of_the_run_that_a_configuration_describes() -> None:
+    options: dict[str, Any] = {"loss": "classification", "device": "cpu", "steps": 1, "warmup": 1}
+    config = trainfn.TrainConfig.preset("production", max_steps=9, out_dir="never_made", eval_every=4)
+    assert trainfn.profile(make_model(), (X, Y), config=config, **options).seconds > 0
+    assert not Path("never_made").exists()
+    with pytest.raises(ConfigError, match=r"shorter than[^$]*got: 1"):  # it is as long as the configuration says
+        trainfn.profile(make_model(), (X, Y), config=config.evolve(max_steps=1), **options)
 
 
 def test_the_header_of_a_plan_has_no_roofline_unless_it_is_known() -> None:

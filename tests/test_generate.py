@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import attrs
 import numpy as np
 import pytest
 import torch
@@ -222,3 +223,29 @@ def test_what_cannot_be_continued_is_said(result: trainfn.FitResult) -> None:
     flat = fit(nn.Sequential(nn.Embedding(V, 2), nn.Flatten(), nn.Linear(2 * CONTEXT, 3)), loss=lambda o, b: o.mean())
     with pytest.raises(ModelError, match="not those of a causal language model"):
         flat.generate(list(range(CONTEXT)))
+    for stop in (".", ["."], True, 1.5):
+        with pytest.raises(ConfigError, match=r"ended by ids[^$]*stop="):
+            result.generate([1], stop=stop)
+    with pytest.raises(DataError, match="no prompts"):
+        result.generate(torch.zeros(0, 3, dtype=torch.long))
+
+
+@pytest.mark.parametrize("biases", [[0.0, math.nan], [0.0, math.inf], [-math.inf, -math.inf]])
+def test_logits_that_no_token_can_be_drawn_from_are_said(biases: list[float]) -> None:
+    def made(head: list[float]) -> trainfn.FitResult:
+        model = nn.Sequential(nn.Embedding(V, 2), nn.Linear(2, 2))
+        result = fit(model, loss=lambda outputs, batch: outputs.mean(), max_steps=1, check_data=False)
+        params = result.state.params | {"1.bias": torch.tensor(head)}
+        return attrs.evolve(result, state=trainfn.tree.evolve(result.state, params=params))
+
+    with pytest.raises(ModelError, match="logits are not finite"):
+        made(biases).generate([1], max_new_tokens=1)
+    assert made([0.0, -math.inf]).generate([1], max_new_tokens=2).tolist() == [1, 0, 0]  # control: a forbidden token
+
+
+def test_ids_of_other_kinds_of_integers_are_ids(result: trainfn.FitResult) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 3, "temperature": 0, "context": CONTEXT}
+    plain = result.generate([1, 2], **options).tolist()
+    assert result.generate([np.int64(1), np.int64(2)], **options).tolist() == plain
+    for stop in (np.int64(plain[2]), torch.tensor(plain[2]), np.array([plain[2]])):
+        assert result.generate([1, 2], stop=stop, **options).tolist() == plain[:3]

@@ -69,6 +69,13 @@ def test_time_is_that_of_all_parts_of_a_run(tmp_path: Path) -> None:
     assert digest(longer.state) == digest(train(max_steps=longer.state.cursor).state)
 
 
+def test_a_function_of_batches_is_called_until_the_time_is_over() -> None:
+    options: dict[str, Any] = {"loss": "classification", "max_seconds": 0.1, "device": "cpu", "progress": False}
+    result = trainfn.fit(nn.Linear(4, 2), lambda index: FEW, **options)
+    assert result.ended_by == "max_seconds"
+    assert result.state.cursor > 1
+
+
 # --- patience ---------------------------------------------------------------------------------------------------------
 
 

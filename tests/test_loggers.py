@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import trainfn
-from trainfn.errors import MissingPackageError
+from trainfn.errors import ConfigError, MissingPackageError
 from trainfn.loggers import CSV, JSONL, MLflow, TensorBoard, WandB
 
 X = torch.randn(24, 4, generator=torch.Generator().manual_seed(0))
@@ -58,6 +58,19 @@ def test_csv_has_a_column_for_each_number_and_goes_on_after_a_resume(tmp_path: P
     with open(epochs, newline="") as file:
         (row,) = csv.DictReader(file)
     assert float(row["grad_norm_max"]) == result.epochs[-1]["grad_norm_max"]
+
+
+def test_a_table_is_of_one_run(tmp_path: Path) -> None:
+    logger = CSV(tmp_path / "rows.csv")
+    for _ in range(2):  # another run with the same logger begins anew, as with another logger
+        result = train(logger)
+    with open(tmp_path / "rows.csv", newline="") as file:
+        assert [int(row["step"]) for row in csv.DictReader(file)] == [row["step"] for row in result.history]
+    train(out_dir=tmp_path / "run", max_epochs=1)
+    (tmp_path / "mine.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ConfigError, match=r"not one of this logger's[^$]*mine\.csv[^$]*a column called step"):
+        train(CSV(tmp_path / "mine.csv"), out_dir=tmp_path / "run", resume="auto")
+    assert (tmp_path / "mine.csv").read_text() == "a,b\n1,2\n"
 
 
 def test_tensorboard_reads_the_numbers(tmp_path: Path) -> None:

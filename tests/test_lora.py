@@ -152,6 +152,17 @@ def test_a_model_of_transformers_is_read_by_peft(tmp_path: Path) -> None:
 def test_adapters_that_cannot_be_made_are_refused(patterns: Any, options: Any, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         lora.add(net(), patterns, **options)
+    with pytest.raises(ConfigError, match=r"a linear layer itself[^$]*nn\.Sequential"):
+        lora.add(nn.Linear(4, 4), "*")
+    once = lora.add(net(), "0")
+    with pytest.raises(ConfigError, match=r"adapters beside these layers already[^$]*got: 0\n"):
+        lora.add(once, "*")
+    assert list(lora.adapters(lora.add(once, "3"))) == ["0", "3"]
+    layer = nn.Linear(4, 4)
+    shared = nn.ModuleDict({"a": layer, "b": layer})
+    with pytest.raises(ConfigError, match=r"under several names[^$]*a is b"):
+        lora.add(shared, "a")
+    assert layer.weight.requires_grad
 
 
 def test_a_tied_weight_is_not_changed_behind_its_other_name() -> None:
@@ -180,8 +191,12 @@ def test_files_that_hold_something_else_are_refused(tmp_path: Path) -> None:
     refused("no configuration", r=None)
     refused("not of the plain kind", peft_type="IA3")
     refused("not of the plain kind", use_dora=True)
+    refused("not of the plain kind[^$]*alpha_pattern", alpha_pattern={"0": 4})
     refused("not of the plain kind", data=encode({"base_model.model.0.lora_A.weight": torch.ones(8, 4)}))
-    refused("of another size", r=3)
+    model = net()
+    refused("of another size", model, r=3)
+    assert not lora.adapters(model)
+    assert model[0].weight.requires_grad
     refused("lacks layers[^$]*0", nn.Sequential(nn.Tanh(), nn.Linear(4, 4)))
     refused("safetensors|damaged|header|data", data=weights[:-1])
     refused("safetensors|damaged|header|data", data=b"")

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -92,8 +94,8 @@ def generate(
     """
     _check(max_new_tokens, temperature, top_k, top_p, seed, context)
     plain = step.step if isinstance(step, CompiledStep) else step
-    stops = [stop] if isinstance(stop, int) else list(stop or ())
-    prompts, rebuild = _read(prompt, tokenizer, stops)
+    stops = _stops(stop)
+    prompts, rebuild = _read(prompt, tokenizer)
     longest = context or _context_of(plain.model)
     draws = torch.rand(len(prompts), max_new_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     groups: dict[int, list[int]] = {}
@@ -189,8 +191,14 @@ def _last(model: nn.Module, outputs_of: Callable[[Any], Any], ids: Tensor, longe
             got=f"{describe(logits)} for ids {list(ids.shape)}",
         )
     found = logits[:, -1].double().cpu()  # (B, V)
-    if bool(found.isnan().any()):
-        raise ModelError("The logits are NaN.", where=f"after {ids.shape[1]} tokens", hint="look at the run's history")
+    if not bool(found.amax(1).isfinite().all()):  # minus infinity forbids a token; one has to be left
+        raise ModelError(
+            "The logits are not finite.",
+            where=f"after {ids.shape[1]} tokens",
+            expected="numbers, or minus infinity for some tokens",
+            got="NaN, infinity, or minus infinity for all",
+            hint="look at the run's history",
+        )
     return found
 
 
@@ -204,7 +212,27 @@ def _context_of(model: nn.Module) -> int | None:
     return None
 
 
-def _read(prompt: Any, tokenizer: Any, stops: Sequence[int]) -> tuple[list[Tensor], Callable[[list[Tensor]], Any]]:
+def _stops(stop: Any) -> list[int]:
+    """Return the ids that end a text; whatever counts as an index is one."""
+    try:
+        several = [] if stop is None else list(stop) if isinstance(stop, Iterable) and _is_row(stop) else [stop]
+        if not any(isinstance(each, (bool, float)) for each in several):
+            return [operator.index(each) for each in several]
+    except TypeError:
+        pass
+    raise ConfigError(
+        "A text is ended by ids.",
+        expected="stop: the id of a token, or several",
+        got=f"stop={stop!r}",
+        hint="the tokenizer knows the id of a token: tokenizer.encode(text)",
+    )
+
+
+def _is_row(value: Any) -> bool:
+    return getattr(value, "ndim", 1) > 0
+
+
+def _read(prompt: Any, tokenizer: Any) -> tuple[list[Tensor], Callable[[list[Tensor]], Any]]:
     """Return prompts as ids [T], and what makes of the continued ones what was given."""
     if isinstance(prompt, np.ndarray):
         prompt = torch.from_numpy(prompt)
@@ -214,8 +242,10 @@ def _read(prompt: Any, tokenizer: Any, stops: Sequence[int]) -> tuple[list[Tenso
             width = max(map(len, rows))
             return torch.stack([torch.cat([row, row[-1:].expand(width - len(row))]) for row in rows])
 
+        if not len(prompt):
+            raise DataError("There are no prompts.", expected="ids [B, T] of at least one", got=describe(prompt))
         return [_ids(row) for row in prompt], stacked
-    several = isinstance(prompt, (list, tuple)) and not all(isinstance(each, int) for each in prompt)
+    several = isinstance(prompt, (list, tuple)) and not all(isinstance(each, Integral) for each in prompt)
     each_of = list(prompt) if several else [prompt]
     if any(isinstance(each, str) for each in each_of):
         if tokenizer is None:

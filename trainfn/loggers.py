@@ -24,7 +24,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from trainfn.errors import MissingPackageError
+from trainfn.errors import ConfigError, MissingPackageError
 from trainfn.plan import Plan
 from trainfn.result import FitResult, Row
 from trainfn.state import TrainState
@@ -75,11 +75,25 @@ class CSV:
         self._columns: dict[str, None] = {}
 
     def on_start(self, plan: Plan) -> None:
-        """Read the rows that are there, without those after the step that the run goes on from."""
+        """Read the rows that are there, without those after the step that the run goes on from.
+
+        Raises:
+            ConfigError: the file has no such rows.
+        """
+        self._rows, self._columns = [], {}
         if not self._path.exists() or not plan.state.cursor:
             return
         with open(self._path, newline="") as file:
-            self._rows = [row for row in csv.DictReader(file) if int(row["step"]) <= plan.state.cursor]
+            rows = list(csv.DictReader(file))
+        try:
+            self._rows = [row for row in rows if int(row["step"]) <= plan.state.cursor]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(
+                "The file is not one of this logger's, so it cannot be gone on with.",
+                where=str(self._path),
+                expected="a column called step, with a number in every row",
+                hint="move it aside, or choose another path",
+            ) from error
         self._columns = dict.fromkeys(name for row in self._rows for name in row)
         self._write()
 

@@ -31,6 +31,7 @@ from trainfn.store.tensors import decode, encode, entries
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
 _MOST_BYTES = 1 << 34
+_NOT_PLAIN = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
 
 
 class Adapted(nn.Module):
@@ -45,7 +46,7 @@ class Adapted(nn.Module):
     def __init__(self, base: nn.Module, *, rank: int, alpha: float, dropout: float) -> None:
         super().__init__()
         weight = cast(Tensor, base.weight)
-        inputs, outputs = weight.shape if _is_transposed(base) else weight.shape[::-1]
+        inputs, outputs = _sizes(base)
         like: dict[str, Any] = {"dtype": weight.dtype, "device": weight.device}
         self.base, self.rank, self.alpha, self.dropout = base, rank, alpha, nn.Dropout(dropout)
         self.lora_A = nn.Parameter(torch.empty(rank, inputs, **like))
@@ -89,7 +90,8 @@ def add(
         dropout: of the adapters' input.
 
     Raises:
-        ConfigError: a pattern that the name of no linear layer matches; an option out of range.
+        ConfigError: a pattern that the name of no linear layer matches, or that of one with adapters; a layer under
+            several names; a model that is such a layer itself; an option out of range.
 
     >>> model = add(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), "0", rank=2)
     >>> [name for name, param in model.named_parameters() if param.requires_grad]
@@ -105,7 +107,32 @@ def add(
     if any(wrong.values()):
         raise ConfigError("Adapters cannot be made so.", got="; ".join(text for text, is_so in wrong.items() if is_so))
     wanted = [patterns] if isinstance(patterns, str) else list(patterns)
+    chosen = _chosen(model, wanted)
+    model.requires_grad_(False)
+    for name, layer in chosen.items():
+        _put(model, name, Adapted(layer, rank=rank, alpha=alpha, dropout=dropout))
+    for adapter in adapters(model).values():
+        adapter.lora_A.requires_grad_()
+        adapter.lora_B.requires_grad_()
+    return model
+
+
+def _chosen(model: nn.Module, wanted: list[str]) -> dict[str, nn.Module]:
+    """Return the layers that the patterns name."""
+    there = [name for name in adapters(model) if any(fnmatchcase(name, each) for each in wanted)]
+    if there:
+        raise ConfigError(
+            "There are adapters beside these layers already.",
+            got=", ".join(there[:4]),
+            hint="lora.merge(model) adds them into the layers first; or begin with the model as it was",
+        )
     inside = tuple(f"{name}." for name in adapters(model))
+    if _is_linear(model):
+        raise ConfigError(
+            "The model is a linear layer itself, and nothing can be put in its place.",
+            got=type(model).__name__,
+            hint='lora.add(nn.Sequential(model), "0")',
+        )
     names = [name for name, each in model.named_modules() if _is_linear(each) and not name.startswith(inside)]
     unmatched = [each for each in wanted if not any(fnmatchcase(name, each) for name in names)]
     if unmatched or not wanted:
@@ -114,14 +141,16 @@ def add(
             expected="patterns for names of layers, such as '*.attn.*'",
             got="; ".join(f"{each!r} ({suggest(each, names)})" for each in unmatched) or "no pattern",
         )
-    model.requires_grad_(False)
-    for name in names:
-        if any(fnmatchcase(name, each) for each in wanted):
-            _put(model, name, Adapted(model.get_submodule(name), rank=rank, alpha=alpha, dropout=dropout))
-    for adapter in adapters(model).values():
-        adapter.lora_A.requires_grad_()
-        adapter.lora_B.requires_grad_()
-    return model
+    chosen = {name: model.get_submodule(name) for name in names if any(fnmatchcase(name, each) for each in wanted)}
+    places = [(name, each) for name, each in model.named_modules(remove_duplicate=False) if _is_linear(each)]
+    for name, layer in chosen.items():
+        if others := [other for other, each in places if each is layer and other != name]:
+            raise ConfigError(
+                "A layer is in the model under several names, and would be adapted under one.",
+                got=f"{name} is {', '.join(others)}",
+                hint="choose other layers, or make copies of it",
+            )
+    return chosen
 
 
 def adapters(model: nn.Module) -> dict[str, Adapted]:
@@ -218,25 +247,28 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
         kind = written["peft_type"]
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError("This is no configuration of adapters.", where=str(place / CONFIG)) from error
-    plain = not written.get("use_rslora") and not written.get("use_dora") and not written.get("rank_pattern")
+    odd = [name for name in _NOT_PLAIN if written.get(name)]
     names = {name.removeprefix(_PREFIX).rsplit(".lora_", 1)[0] for name in tensors}
     expected = {f"{_PREFIX}{name}.lora_{side}.weight" for name in names for side in "AB"}
-    if kind != "LORA" or not plain or set(tensors) != expected:
-        got = ", ".join(sorted(set(tensors) ^ expected)[:4]) or str(kind)
+    if kind != "LORA" or odd or set(tensors) != expected:
+        got = ", ".join([*odd, *sorted(set(tensors) ^ expected)[:4]]) or str(kind)
         raise CheckpointError("These adapters are not of the plain kind.", where=str(place), got=got)
     known = {name for name, each in model.named_modules() if _is_linear(each)}
     if names - known:
         missing = [f"{name} ({suggest(name, known)})" for name in sorted(names - known)]
         raise CheckpointError("The model lacks layers that adapters are for.", where=str(place), got="; ".join(missing))
+    for name in sorted(names):
+        inputs, outputs = _sizes(model.get_submodule(name))
+        for side, wanted in (("A", [rank, inputs]), ("B", [outputs, rank])):
+            found = list(tensors[f"{_PREFIX}{name}.lora_{side}.weight"].shape)
+            if found != wanted:
+                sizes = {"expected": str(wanted), "got": str(found)}
+                raise CheckpointError("An adapter is of another size.", where=f"{name}.lora_{side}", **sizes)
     add(model, sorted(names), rank=rank, alpha=alpha, dropout=dropout)
     for name, adapter in adapters(model).items():
         for side in "AB":
-            param, value = getattr(adapter, f"lora_{side}"), tensors[f"{_PREFIX}{name}.lora_{side}.weight"]
-            if param.shape != value.shape:
-                sizes = {"expected": str(list(param.shape)), "got": str(list(value.shape))}
-                raise CheckpointError("An adapter is of another size.", where=f"{name}.lora_{side}", **sizes)
             with torch.no_grad():
-                param.copy_(value)
+                getattr(adapter, f"lora_{side}").copy_(tensors[f"{_PREFIX}{name}.lora_{side}.weight"])
     return model
 
 
@@ -263,6 +295,12 @@ def _put(model: nn.Module, name: str, module: nn.Module) -> None:
 
 def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or _is_transposed(module)
+
+
+def _sizes(layer: nn.Module) -> tuple[int, int]:
+    """Return how many numbers a linear layer takes, and how many it gives."""
+    first, second = cast(Tensor, layer.weight).shape
+    return (first, second) if _is_transposed(layer) else (second, first)
 
 
 def _is_transposed(module: nn.Module) -> bool:

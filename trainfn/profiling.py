@@ -16,6 +16,7 @@ from torch import nn
 from trainfn.errors import ConfigError
 from trainfn.loop import run
 from trainfn.plan import plan
+from trainfn.task.config import OF_WHOLE_RUNS, given_settings
 
 
 @attrs.frozen(kw_only=True)
@@ -57,8 +58,8 @@ def profile(
         warmup: how many are taken before: they compile, and allocate.
         trace: a file for the trace, ``"trace.json"``.
         rows: lines of the table.
-        **settings: what ``fit`` would be given, ``max_steps`` included: by it, ``compile="auto"`` chooses as for that
-            run. ``out_dir`` and ``resume`` are left aside.
+        **settings: what ``fit`` would be given, ``config`` and ``max_steps`` included: by it, ``compile="auto"``
+            chooses as for that run. ``out_dir`` and ``resume``, rollbacks and evaluations are left aside.
 
     Raises:
         ConfigError: counts that are none, or a run of fewer steps than these; and what :func:`trainfn.plan` raises.
@@ -68,11 +69,14 @@ def profile(
     >>> "aten::addmm" in found.table, found.trace
     (True, None)
     """
-    if steps < 1 or warmup < 0:
+    counts = all(isinstance(count, int) for count in (steps, warmup))
+    if not counts or steps < 1 or warmup < 0:
         raise ConfigError("A profile needs steps.", expected="steps >= 1, warmup >= 0", got=f"{steps=}, {warmup=}")
     limits = {"max_steps", "max_epochs", "max_seconds"}
-    long = {} if limits & settings.keys() else {"max_steps": steps + warmup}
-    made = plan(model, data, **settings | long | {"out_dir": None, "resume": None, "progress": False})
+    given = given_settings(settings.pop("config", None), settings)
+    chosen = {name: value for name, value in given.items() if name not in OF_WHOLE_RUNS or name in limits}
+    long = {} if limits & chosen.keys() else {"max_steps": steps + warmup}
+    made = plan(model, data, **chosen | long | {"progress": False})
     if made.stop < steps + warmup:
         raise ConfigError(
             "The run is shorter than what is to be profiled.",

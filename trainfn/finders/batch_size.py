@@ -16,8 +16,13 @@ from typing import Any
 
 import attrs
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from trainfn.batch import Batch
+from trainfn.data import is_stream
+from trainfn.data.forms import read_data_loader
+from trainfn.data.passes import is_loader
+from trainfn.data.source import is_function, kind_of
 from trainfn.errors import ConfigError, StepMemoryError
 from trainfn.faults import is_out_of_memory
 from trainfn.finders.memory import Gauge, release, set_aside
@@ -26,7 +31,7 @@ from trainfn.loss import Loss
 from trainfn.optim import Transform
 from trainfn.plan import Plan, plan
 from trainfn.task import TaskSpec, TrainConfig
-from trainfn.task.config import given_settings
+from trainfn.task.config import OF_WHOLE_RUNS, given_settings
 from trainfn.tree import named_leaves
 
 DECIDED = (
@@ -99,8 +104,12 @@ def find_batch_size(
     differ in length, later ones may need more, which ``headroom`` is for.
 
     Args:
-        model, data, loss, task, optimizer, collate, config: as for :func:`trainfn.fit`.
-        most: the largest size to consider; the number of examples over ``accumulate`` if None.
+        model, data, loss, task, optimizer, collate: as for :func:`trainfn.fit`. Of a ``DataLoader`` all but its batch
+            size is read.
+        config: as for :func:`trainfn.fit`; what it says of a whole run (its length, its directory, its evaluations) is
+            left aside.
+        most: the largest size to consider; the number of examples over ``accumulate`` if None. A stream, of which that
+            is not known, needs it.
         headroom: share of the memory to leave free, in [0, 1).
         max_memory: bytes that a step may take; what is left on the device, or on the host and in its control group
             (and never more than that), if None. ``headroom`` is taken off it.
@@ -112,8 +121,9 @@ def find_batch_size(
 
     Raises:
         StepMemoryError: not even one example fits.
-        ConfigError: a setting that the search itself decides; or the host's memory cannot be measured. What
-            :func:`trainfn.plan` and a step raise otherwise, unless it is for want of memory.
+        ConfigError: a setting that the search itself decides; batches that come made; a stream without ``most``;
+            or the host's memory cannot be measured. What :func:`trainfn.plan` and a step raise otherwise, unless it is
+            for want of memory.
 
     >>> import torch
     >>> x = torch.randn(8, 4)
@@ -122,9 +132,11 @@ def find_batch_size(
     (8, [2, 4, 8])
     """
     _check(most, headroom, max_memory, settings)
-    chosen = {name: value for name, value in given_settings(config, settings).items() if name not in DECIDED}
-    arguments: dict[str, Any] = {"loss": loss, "task": task, "optimizer": optimizer, "collate": collate}
-    arguments |= {"compile": "eager", "on_spike": "off"} | chosen | {"max_steps": _STEPS}
+    chosen = given_settings(config, settings, aside=(*DECIDED, *OF_WHOLE_RUNS))
+    arguments: dict[str, Any] = {"loss": loss, "task": task, "optimizer": optimizer}
+    data, brought = _examples(data, most)
+    arguments |= {"collate": brought.pop("collate", None) if collate is None else collate}
+    arguments |= {"compile": "eager", "on_spike": "off"} | brought | chosen | {"max_steps": _STEPS}
 
     def planned(batch_size: int) -> Plan:
         return plan(model, data, **arguments | {"batch_size": batch_size})
@@ -182,6 +194,28 @@ def largest(fits: Callable[[int], bool], most: int) -> int:
         middle = (good + bad) // 2
         good, bad = (middle, bad) if fits(middle) else (good, middle)
     return good
+
+
+def _examples(data: Any, most: int | None) -> tuple[Any, dict[str, Any]]:
+    """Return data that batches of any size can be made of, and what a ``DataLoader`` says besides the size of its."""
+    if is_function(data) or (is_stream(data) and is_loader(data)):
+        raise ConfigError(
+            "These batches are made already, so there is no size to search for.",
+            where="data",
+            got=kind_of(data),
+            hint="pass the examples: tensors, a data set, or an iterable of them",
+        )
+    if is_stream(data) and most is None:
+        raise ConfigError(
+            "A stream does not say how many examples there are.",
+            where=f"data, {kind_of(data)}",
+            expected="most=, the largest size to consider",
+        )
+    if not isinstance(data, DataLoader) or is_stream(data):
+        return data, {}
+    read = read_data_loader(data)
+    own = {name: value for name, value in read.settings.items() if name != "batch_size"}
+    return read.dataset, own | ({} if read.collate is None else {"collate": read.collate})
 
 
 def _first(planned: Callable[[int], Plan]) -> Plan:

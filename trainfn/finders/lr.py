@@ -40,7 +40,7 @@ from trainfn.optim import Schedule, Transform, adamw, matrices_only
 from trainfn.optim.transform import wide
 from trainfn.plan import plan
 from trainfn.task import TaskSpec, TrainConfig
-from trainfn.task.config import given_settings
+from trainfn.task.config import OF_WHOLE_RUNS, given_settings
 
 DECIDED = ("lr", "warmup_steps", "max_steps", "max_epochs", "out_dir", "resume", "on_divergence", "fast_dev_run")
 _FEWEST = 10
@@ -110,7 +110,9 @@ def find_lr(
     """Train for some steps while the learning rate grows, and suggest one; nothing that was given is changed.
 
     Args:
-        model, data, loss, task, collate, config: as for :func:`trainfn.fit`.
+        model, data, loss, task, collate: as for :func:`trainfn.fit`.
+        config: as for :func:`trainfn.fit`; what it says of a whole run (its length, its directory, its evaluations) is
+            left aside.
         optimizer: makes an optimizer of a learning rate: ``trainfn.optim.sgd``, ``lambda lr: sgd(lr, momentum=0.9)``;
             AdamW as in ``fit`` if None.
         start, end: the first and the last rate, both > 0.
@@ -121,8 +123,8 @@ def find_lr(
         Rates, losses and the suggestion.
 
     Raises:
-        ConfigError: a range or a number of steps that cannot be; a setting that the sweep itself decides, such as
-            ``max_steps``. What :func:`trainfn.plan` raises otherwise.
+        ConfigError: a range or a number of steps that cannot be; an optimizer that is made already; a
+            setting that the sweep itself decides, such as ``max_steps``. What :func:`trainfn.plan` raises otherwise.
 
     >>> _ = torch.manual_seed(0)
     >>> x = torch.randn(256, 4)
@@ -130,10 +132,9 @@ def find_lr(
     >>> 1e-3 < found.suggestion < 1
     True
     """
-    _check(start, end, steps, settings)
+    _check(optimizer, start, end, steps, settings)
     schedule = _Growing(start, end, steps)
-    chosen = given_settings(config, settings)
-    chosen = {name: value for name, value in chosen.items() if name not in DECIDED}
+    chosen = given_settings(config, settings, aside=(*DECIDED, *OF_WHOLE_RUNS))
     made = plan(
         model,
         data,
@@ -241,8 +242,10 @@ class _Growing:
         return "growing"
 
 
-def _check(start: float, end: float, steps: int, settings: dict[str, Any]) -> None:
+def _check(optimizer: object, start: float, end: float, steps: int, settings: dict[str, Any]) -> None:
     wrong = [f"{name} (the sweep decides it)" for name in settings if name in DECIDED]
+    if optimizer is not None and not callable(optimizer):
+        wrong.append(f"optimizer={type(optimizer).__name__} (expected what makes one of a rate: trainfn.optim.adamw)")
     numbers = all(isinstance(rate, (int, float)) and 0 < rate < math.inf for rate in (start, end))
     if not (numbers and start < end):
         wrong.append(f"start={start!r}, end={end!r} (expected 0 < start < end)")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal, Self, get_args
 
 import attrs
@@ -14,7 +14,7 @@ from trainfn.precision import POLICIES
 from trainfn.task.difference import ConfigDiff, compare
 from trainfn.task.files import Filed
 from trainfn.task.names import answer, renamed
-from trainfn.task.presets import preset
+from trainfn.task.presets import PRESETS, preset
 from trainfn.task.settings import (
     as_path,
     as_patterns,
@@ -33,6 +33,13 @@ from trainfn.task.written import Form, Migration
 
 OF_THE_RECORD = frozenset({"stop", "threads", "hardware", "compile_mode", "rollbacks", "position"})
 """What the record of a run says besides its settings, and what is told elsewhere."""
+
+OF_WHOLE_RUNS = (
+    *("max_steps", "max_epochs", "out_dir", "resume", "fast_dev_run"),
+    *("on_divergence", "rollback_lr_factor", "max_rollbacks"),
+    *("eval_every", "monitor", "early_stopping_patience", "min_delta"),
+)
+"""What has no meaning for a few steps that are taken to find something out, and would be a mistake for some of them."""
 
 
 @attrs.frozen(kw_only=True)
@@ -259,10 +266,13 @@ def make_config(settings: Mapping[str, Any], *, also: tuple[str, ...] = ()) -> T
     return TrainConfig.of(settings, also=also)
 
 
-def given_settings(config: TrainConfig | str | os.PathLike[str] | None, settings: Mapping[str, Any]) -> dict[str, Any]:
+def given_settings(
+    config: TrainConfig | str | os.PathLike[str] | None, settings: Mapping[str, Any], *, aside: Iterable[str] = ()
+) -> dict[str, Any]:
     """Return the settings that a caller has chosen: by hand, and before that by a configuration or a file of one.
 
-    What a configuration leaves at its default counts as not chosen: a ``DataLoader`` may then decide it.
+    What a configuration leaves at its default counts as not chosen: a ``DataLoader`` may then decide it. What it says
+    of the names in ``aside`` is left aside.
 
     Raises:
         ConfigError: it is neither, or the file cannot be used.
@@ -272,6 +282,10 @@ def given_settings(config: TrainConfig | str | os.PathLike[str] | None, settings
     """
     if config is None:
         return dict(settings)
+    if isinstance(config, str) and config in PRESETS and not os.path.exists(config):
+        raise ConfigError(
+            "A preset is a value, and no file.", got=f"config={config!r}", hint=f'config=TrainConfig.preset("{config}")'
+        )
     if isinstance(config, (str, os.PathLike)):
         config = TrainConfig.load(config)
     if not isinstance(config, TrainConfig):
@@ -280,4 +294,4 @@ def given_settings(config: TrainConfig | str | os.PathLike[str] | None, settings
             expected="config=TrainConfig(...), or the path of a file",
             got=repr(config)[:80],
         )
-    return config.chosen() | dict(settings)
+    return {name: value for name, value in config.chosen().items() if name not in set(aside)} | dict(settings)

@@ -202,6 +202,5 @@ def _check_function(config: TrainConfig, given: Mapping[str, Any]) -> None:
         raise ConfigError(
             "Batches that a function makes are taken as they are, without end.",
             got=", ".join(f"{name}={given[name]}" for name in decided),
-            hint="leave these out, and say how long to train with max_steps",
+            hint="leave these out, and say how long to train with max_steps or max_seconds",
         )
-    assert config.max_steps is not None  # one of the two limits there is

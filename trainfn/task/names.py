@@ -145,6 +145,8 @@ def answer(name: str, known: Iterable[str]) -> str:
     """
     if name in SAME:
         return f"here it is called {SAME[name]!r}"
+    if name in (known := list(known)):
+        return "it is an argument of fit, and not taken here"
     return DIFFERENT[name] if name in DIFFERENT else suggest(name, known)
 
 
