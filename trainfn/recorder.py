@@ -75,7 +75,7 @@ class Recorder:
         return {SO_FAR: attrs.asdict(self._sums)}
 
     def go_on(self, state: TrainState, metrics: Mapping[str, Any]) -> None:
-        """Go on, back at a checkpoint with these metrics, from a state whose last batch may be the last of its epoch."""
+        """Go on, back at a checkpoint with these metrics, after a batch that may be the last one of its epoch."""
         self._sums, self._totals = self._sums_of(metrics, state.cursor - 1), {}
 
     def step(self, state: TrainState) -> None:
