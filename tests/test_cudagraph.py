@@ -127,7 +127,7 @@ SETUPS = {
 
 
 @pytest.mark.parametrize("setup", SETUPS.values(), ids=SETUPS)
-@pytest.mark.parametrize("mode", ["eager", "graph", "accum", "split"])
+@pytest.mark.parametrize("mode", ["eager", pytest.param("graph", marks=pytest.mark.slow), "accum", "split"])
 def test_replayed_steps_are_the_steps_to_the_bit(monkeypatch: pytest.MonkeyPatch, mode: Mode, setup: Setup) -> None:
     device = StandIn()
     found, reports, step = run(monkeypatch, setup, mode, device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -132,3 +133,41 @@ def test_an_epoch_counts_no_step_that_was_undone_and_a_cut_changes_that_not(tmp_
     for stop in (6, 12):
         cut = train_back(spoilt(17), tmp_path / "cut", **settings | {"max_steps": stop, "resume": "auto"})
     assert without_clock(cut.epochs) == without_clock(whole.epochs)
+
+
+@pytest.mark.parametrize("point", ["on_row", "on_eval", "on_epoch"])
+def test_an_epoch_at_whose_end_something_fails_has_its_row_and_the_next_one_begins_anew(
+    tmp_path: Path, point: str
+) -> None:
+    whole = train(max_epochs=2, val_data=(X, Y))
+
+    def fail(state: trainfn.TrainState, row: dict[str, Any]) -> None:
+        if state.cursor == 5:
+            raise KeyError("at the end of an epoch")
+
+    failing = type("Failing", (), {point: staticmethod(fail)})()
+    with pytest.raises(KeyError):
+        train(max_epochs=2, val_data=(X, Y), out_dir=tmp_path, observers=failing)
+    cut = train(max_epochs=2, val_data=(X, Y), out_dir=tmp_path, resume="auto")
+    columns = ("step", "epoch", "steps", "examples", "loss")
+    assert [[row[name] for name in columns] for row in cut.epochs] == [
+        [row[name] for name in columns] for row in whole.epochs
+    ]
+
+
+@of_bad_numbers
+@pytest.mark.filterwarnings("ignore:The run has diverged:trainfn.health.HealthWarning")
+def test_a_window_that_ends_with_an_epoch_leaves_its_number_and_the_totals_right(tmp_path: Path) -> None:
+    def batch(index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return X * (math.nan if index == 7 else 1.0), Y
+
+    result = trainfn.fit(
+        nn.Linear(4, 2), batch, loss="classification", device="cpu", progress=False, max_steps=16, log_every=4,
+        limit_train_batches=4, check_data=False, on_divergence="rollback", halt_after=1, out_dir=tmp_path,
+    )  # fmt: skip
+    assert [(row["step"], row["epoch"], row["steps"]) for row in result.epochs] == [
+        (4, 0, 4), (8, 1, 0), (12, 2, 4), (16, 3, 4),
+    ]  # fmt: skip
+    before, after = (row for row in result.history if row["step"] == 8)
+    assert (before["rolled_back_to"], before["applied"], before["skipped"]) == (0, 7, 1)
+    assert (after["applied"], after["skipped"], after["seen"]) == (0, 0, 0)

@@ -59,7 +59,11 @@ def spoilt(*rows: int) -> tuple[Tensor, Tensor]:
 
 
 @of_bad_numbers
-@pytest.mark.parametrize("settings", [{}, {"accumulate": 2}, {"compile": "graph"}, {"ema": 0.9}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"accumulate": 2}, pytest.param({"compile": "graph"}, marks=pytest.mark.slow), {"ema": 0.9}],
+    ids=str,
+)
 def test_the_error_names_the_module_and_the_step_is_kept(settings: dict[str, Any], tmp_path: Path) -> None:
     error = halted(make_model(), out_dir=tmp_path, **settings)
     found = error.diagnosis

@@ -34,7 +34,11 @@ def tokens():
 
 @pytest.mark.parametrize(
     ("name", "mode"),
-    [("gpt2", "eager"), ("bert", "eager"), ("gpt2", "graph"), pytest.param("bert", "graph", marks=pytest.mark.slow)],
+    [
+        ("gpt2", "eager"),
+        ("bert", "eager"),
+        *(pytest.param(name, "graph", marks=pytest.mark.slow) for name in ("gpt2", "bert")),
+    ],
 )
 def test_trains_for_20_steps(name, mode):
     torch.manual_seed(0)

@@ -122,7 +122,7 @@ class Ailing(nn.Module):
         return out + self.dead(x).clamp(min=1e6) - 1e6
 
 
-@pytest.mark.parametrize("compile", ["eager", "graph"])
+@pytest.mark.parametrize("compile", ["eager", pytest.param("graph", marks=pytest.mark.slow)])
 def test_tensors_that_ail_are_named_every_so_often(compile: Any, capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
     result = train(

@@ -206,3 +206,17 @@ def test_a_run_that_may_not_go_on_from_other_batches_says_so(tmp_path: Path) -> 
     train(max_steps=3, out_dir=tmp_path)
     with pytest.raises(trainfn.errors.CheckpointError, match="limit_train_batches: None then, 2 now"):
         train(max_steps=6, out_dir=tmp_path, resume="auto", limit_train_batches=2)
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"), [("limit_train_batches", [0, 1, 2, 3, 4]), ("overfit_batches", [0, 1, 0, 1, 0])]
+)
+def test_a_function_of_batches_goes_on_after_an_epoch_and_repeats_only_to_overfit(
+    setting: str, expected: list[int]
+) -> None:
+    made = trainfn.plan(
+        nn.Linear(4, 2), lambda index: (X + index, Y), loss="classification", max_steps=5, device="cpu", **{setting: 2}
+    )
+    numbers = [round(float((x - X).mean())) for x, _ in made.loader.batches(0, 5)]
+    assert numbers == expected
+    assert [made.loader.epoch(cursor) for cursor in range(5)] == [0, 0, 1, 1, 2]

@@ -94,3 +94,13 @@ def test_evaluation_of_an_all_padding_batch_is_harmless_in_any_set() -> None:
     ignored = torch.cat([torch.full((8,), -100), Y[8:]])
     row = train(val_data={"a": (X, ignored), "b": (X[8:], Y[8:])}).history[-1]
     assert row["val_a_loss"] == pytest.approx(row["val_b_loss"], rel=1e-12)
+
+
+def test_streams_are_sets_too() -> None:
+    def examples() -> Any:
+        yield from zip(X[:20], Y[:20], strict=True)
+
+    row = train(val_data={"clean": examples, "marked": trainfn.data.Batched([(X, Y)])}).history[-1]
+    alone = train(val_data=(X[:20], Y[:20])).history[-1]
+    assert row["val_clean_loss"] == alone["val_loss"]
+    assert "val_marked_loss" in row

@@ -198,6 +198,14 @@ def test_control_float32_alone_loses_small_numbers_and_calls_large_ones_infinite
         assert float(norm(values)) == pytest.approx(512.0 * size, rel=1e-6)
 
 
+def test_the_norms_of_many_numbers_are_mapped_and_differentiated() -> None:
+    values = torch.randn(2, 2**18 + 3, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(torch.func.vmap(norm)(values), values.double().norm(dim=1), rtol=1e-6, atol=0)
+    rows = values[:, : 2**18].view(2, 256, 1024)
+    torch.testing.assert_close(torch.func.vmap(row_norms)(rows), rows.double().norm(dim=2), rtol=1e-6, atol=0)
+    torch.testing.assert_close(torch.func.grad(norm)(values[0]), values[0] / values[0].norm(), rtol=1e-4, atol=0)
+
+
 def test_the_norm_of_many_zeros_is_zero() -> None:
     assert float(norm(torch.zeros(2**18))) == 0.0
 

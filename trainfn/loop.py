@@ -234,6 +234,7 @@ class Loop:
 
     def _save_now(self, state: TrainState) -> Path | None:
         self._saver.drain()
+        self._recorder.close_epoch(state)
         return (
             save(state, self._config.out_dir, **self._known(state.cursor)) if self._config.out_dir is not None else None
         )

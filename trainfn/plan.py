@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from trainfn.batch import Batch
-from trainfn.data import Feed, make_feed, to_device
+from trainfn.data import Feed, Loader, make_feed, to_device
 from trainfn.directory import POSITION, check_writable, machine, make_retention, resume, write_config
 from trainfn.engine import CompiledStep, compile
 from trainfn.errors import ConfigError
@@ -302,6 +302,8 @@ def _loaders(config: TrainConfig, taken: Intake, device: torch.device) -> tuple[
         keep=config.log_every if pin else 1,  # on a GPU it is seen at a row that a run has to halt
     )
     loader.batches_per_epoch = min(loader.batches_per_epoch, few or config.limit_train_batches or WITHOUT_END)
+    if few is not None and isinstance(loader, Loader):
+        loader.restarts = True  # of a function, too: its first batches over and over
 
     def evaluated(data: Any, collate: Any, limit: int | None) -> Feed:
         found = make_feed(

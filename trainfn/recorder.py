@@ -62,8 +62,7 @@ class Recorder:
         self._compiled = plan.step.compile_seconds
         self._spent = 0.0  # by the steps since the last row, as far as they have been read
         self._row_began = self._read_to = plan.state.cursor
-        self._sums = EpochSums()
-        self.go_on(plan.state, before)
+        self._sums = self._sums_of(before, plan.state.cursor)
 
     @property
     def seconds(self) -> float:
@@ -76,10 +75,8 @@ class Recorder:
         return {SO_FAR: attrs.asdict(self._sums)}
 
     def go_on(self, state: TrainState, metrics: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint with these metrics: with what its epoch had come to, if that is still the epoch."""
-        known = metrics.get(SO_FAR) or {}
-        same = known and known["epoch"] >= (state.cursor - 1) // self._plan.loader.batches_per_epoch
-        self._sums = EpochSums(**known) if same else EpochSums(epoch=self._plan.loader.epoch(state.cursor))
+        """Go on, back at a checkpoint with these metrics, after a batch that may be the last one of its epoch."""
+        self._sums, self._totals = self._sums_of(metrics, state.cursor - 1), {}
 
     def step(self, state: TrainState) -> None:
         """Remember the report of a step."""
@@ -138,6 +135,12 @@ class Recorder:
         self._append(row)
         return row
 
+    def close_epoch(self, state: TrainState) -> None:
+        """Write the row of the epoch that ends with this step, if it has not been written: something came between."""
+        number, rest = divmod(state.cursor, self._plan.loader.batches_per_epoch)
+        if not rest and self._sums.epoch < number:
+            self.epoch(state, {})
+
     @property
     def has_rest(self) -> bool:
         """Whether there are steps since the last row."""
@@ -146,6 +149,12 @@ class Recorder:
     def start_lap(self) -> None:
         """Let the time since the last reading count for nothing: it was not spent on steps."""
         self._lap()
+
+    def _sums_of(self, metrics: Mapping[str, Any], batch: int) -> EpochSums:
+        """Return what the epoch of this batch had come to at a checkpoint with these metrics; that is 0 of another."""
+        known = metrics.get(SO_FAR) or {}
+        same = known and known["epoch"] >= batch // self._plan.loader.batches_per_epoch
+        return EpochSums(**known) if same else EpochSums(epoch=self._plan.loader.epoch(batch))
 
     def _lap(self) -> float:
         now, compiled = time.perf_counter(), self._plan.step.compile_seconds

@@ -109,7 +109,9 @@ def test_donation_in_eager_mode_is_bitwise(setup: Setup) -> None:
     assert digest(run(setup, "eager", donate=True)) == digest(run(setup, "eager"))
 
 
-@pytest.mark.parametrize("mode", ["graph", "split", "accum"])
+@pytest.mark.parametrize(
+    "mode", ["accum", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("graph", "split"))]
+)
 def test_with_dropout_too_donation_is_bitwise(mode: Mode) -> None:
     setup = Setup(MlpRecipe(blocks=("batch_norm", "plain"), dropout=0.3), adamw(0.01), ema=0.9, accumulate=2)
     kept, donated = (run(setup, mode, donate=donate, backend="aot_eager") for donate in (False, True))

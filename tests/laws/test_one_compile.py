@@ -257,7 +257,7 @@ def test_control_a_rate_held_as_a_python_number_is_another_program_and_is_told()
     check_counts(step, counting, 2)
 
 
-@pytest.mark.parametrize("mode", ["auto", "graph"])
+@pytest.mark.parametrize("mode", ["auto", pytest.param("graph", marks=pytest.mark.slow)])
 def test_what_changes_at_every_step_is_given_up_on(mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = sys.modules["trainfn.engine.compile"]  # the room's front door has a function of this name
     monkeypatch.setattr(engine, "choose", lambda *_: ("graph", "for this test"))

@@ -58,6 +58,7 @@ class Loader:
         endless: whether the batches come from a function; each counts as an example then.
         examples: how many examples the data set has.
         batches_per_epoch: how many batches go through all of them.
+        restarts: whether each epoch begins at the first example; a function goes on with the next batch instead.
 
     Raises:
         DataError: the data is of an unsupported kind, empty, or its tensors disagree in length.
@@ -85,6 +86,7 @@ class Loader:
         group_by_length: bool = False,
     ) -> None:
         self.endless = is_function(data)
+        self.restarts = not self.endless
         if self.endless:
             batch_size, shuffle = 1, False  # its examples are batches
         _check(batch_size=(batch_size, 1), workers=(workers, 0), seed=(seed, 0))
@@ -247,7 +249,7 @@ class Loader:
         """Return the examples of a block of batches, (batches, width); the row of a short batch ends in repetitions."""
         first = number * self._block_batches
         batches = torch.arange(first, first + self._block_batches).unsqueeze(1)  # (batches, 1)
-        starts = batches % self.batches_per_epoch * self.batch_size
+        starts = (batches % self.batches_per_epoch if self.restarts else batches) * self.batch_size
         positions = starts + torch.arange(self._width)  # (batches, width)
         positions.clamp_(max=self.examples - 1)
         if not self.shuffle:

@@ -6,6 +6,10 @@ processor, since a home may be shared by machines that do not run each other's c
 made for several processes doing so at once. It may be deleted at any time. It holds code, as a compiler's cache does:
 it is the user's own, and no run directory or checkpoint contains or names it.
 
+Within it there is one for each set of vector instructions. Which of them work, PyTorch finds out by a trial in each
+process, and does without them where that takes a minute, on a busy machine, or where ``ATEN_CPU_CAPABILITY`` says so;
+but its key to what it keeps does not hold them (2.13), and a program that was made with them does not build without.
+
 ``TORCHINDUCTOR_CACHE_DIR`` is respected; where the directory cannot be written to, it is PyTorch's after all.
 """
 
@@ -47,6 +51,7 @@ def kept_programs() -> Iterator[None]:
         return
     os.environ[_VARIABLE] = directory
     try:
+        os.environ[_VARIABLE] = _for_vectors(directory)
         yield
     finally:
         if before is None:
@@ -69,6 +74,15 @@ def user_directory() -> str | None:
     except (OSError, RuntimeError):  # RuntimeError: no home can be found
         return None
     return str(directory) if is_own else None
+
+
+def _for_vectors(directory: str) -> str:
+    """Return the directory in this one, made if it is not there, for programs with the instructions now in use."""
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    made = Path(directory, "-".join(str(pick_vec_isa()).lower().split()))
+    made.mkdir(mode=0o700, exist_ok=True)
+    return str(made)
 
 
 @functools.cache

@@ -56,7 +56,8 @@ class TrainConfig(Filed):
         min_delta: by how much a new best has to be better for that.
         overfit_batches: train on the first so many steps' batches, over and over in the same order, and evaluate on
             their examples: a model and a loss that can learn at all bring the loss near 0.
-        limit_train_batches: end an epoch after this many steps, with the next order.
+        limit_train_batches: end an epoch after this many steps; the next one has the next order, and of a function of
+            batches the next ones.
         limit_eval_batches: evaluate on the first so many batches of ``batch_size`` only.
         batch_size: examples in a micro-batch.
         accumulate: micro-batches in a step; a step sees ``batch_size * accumulate`` examples.

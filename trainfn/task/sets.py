@@ -1,10 +1,10 @@
 """Several sets to evaluate on, by name: ``val_data={"clean": (x, y), "noisy": (x2, y)}``.
 
 A dict of tensors is one data set with fields. So the rule is: a dict is several sets if every one of its values is a
-data set by itself, that is a tuple, a dict, a ``DataLoader``, a frame, anything with ``__len__`` and ``__getitem__``
-that is neither a tensor nor an array, or a list of such examples as ``{"text": ...}`` or ``(x, y)``. A tensor, an array
-or a list of numbers is a field; as a set of its own, it is written ``(x,)``. A dict with the keys that the training
-data has is one data set, whatever its values are.
+data set by itself, that is a tuple, a dict, a ``DataLoader``, a frame, a stream, anything with ``__len__`` and
+``__getitem__`` that is neither a tensor nor an array, or a list of such examples as ``{"text": ...}`` or ``(x, y)``. A
+tensor, an array or a list of numbers is a field; as a set of its own, it is written ``(x,)``. A dict with the keys that
+the training data has is one data set, whatever its values are.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
+from trainfn.data import is_stream
 from trainfn.data.forms import is_array, is_frame
 from trainfn.errors import DataError
 
@@ -54,7 +55,7 @@ def named_sets(val_data: object, data: object) -> dict[str, Any]:
 
 
 def _is_set(value: object) -> bool:
-    if isinstance(value, (tuple, Mapping, DataLoader, IterableDataset)) or is_frame(value):
+    if isinstance(value, (tuple, Mapping, DataLoader)) or is_frame(value) or is_stream(value):
         return True
     if isinstance(value, list):
         return bool(value) and isinstance(value[0], (tuple, Mapping))
