@@ -1,0 +1,71 @@
+"""Scalars computed once: a pass over compiled programs.
+
+Inductor puts what a 0-d tensor is computed from into the loop over the elements that it multiplies. Vectors are written
+in that loop, for all that a C++ compiler knows over the scalars it reads, so the whole computation runs anew for every
+few elements: with a cosine schedule for the learning rate, an update of 16.8 million parameters calls ``cos`` two
+million times, and takes 85 ms instead of 35. (Where it finds ``exp`` or ``sigmoid``, and a second user, Inductor stores
+the scalar first by itself; 2.13.)
+
+So every 0-d tensor that something larger is computed from is stored, and read from there. On a GPU, where a kernel more
+costs more than some arithmetic, nothing is changed.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@functools.cache
+def scalars_first() -> Any:
+    """Return the pass, for Inductor's option ``post_grad_custom_post_pass``."""
+    from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+
+    class ScalarsFirst(CustomGraphPass):
+        def __call__(self, graph: torch.fx.Graph) -> None:
+            for node in list(graph.nodes):
+                if not _is_computed_scalar(node):
+                    continue
+                larger = [user for user in node.users if _has_dimensions(user)]
+                if larger:
+                    stored = _stored(graph, node)
+                    for user in larger:
+                        user.replace_input_with(node, stored)
+
+        def uuid(self) -> Any:
+            return get_hash_for_files((__file__,))
+
+    return ScalarsFirst()
+
+
+def _stored(graph: torch.fx.Graph, node: torch.fx.Node) -> torch.fx.Node:
+    """Return a node for the value of another, kept in memory of its own.
+
+    A view by strides is of memory, so what it is of gets stored; and a copy makes that what was computed, at offset 0.
+    """
+    value = node.meta["val"]
+    with graph.inserting_after(node):
+        copy = graph.call_function(torch.ops.aten.clone.default, (node,))
+    with graph.inserting_after(copy):
+        stored = graph.call_function(torch.ops.aten.as_strided.default, (copy, [], [], 0))
+    copy.meta["val"] = stored.meta["val"] = value
+    return stored
+
+
+def _is_computed_scalar(node: torch.fx.Node) -> bool:
+    value = node.meta.get("val")
+    return (
+        node.op == "call_function"
+        and isinstance(value, Tensor)
+        and value.ndim == 0
+        and value.device.type == "cpu"
+        and bool(node.all_input_nodes)  # no constant
+    )
+
+
+def _has_dimensions(node: torch.fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.ndim > 0
