@@ -18,6 +18,7 @@ import attrs
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import clear_compilation_metrics, get_compilation_metrics
 
 import trainfn
 from tests.strategies import Batch, LmRecipe, MlpRecipe, Setup, relative_error, torch_warns_of_itself
@@ -310,6 +311,30 @@ def test_a_step_under_no_grad_is_the_same_program() -> None:
         inside = step(state, small.batch())
     assert digest(step(state, small.batch())) == digest(inside)
     assert step.compiles == 1
+
+
+@pytest.mark.parametrize("mode", ["graph", "accum", "split"])
+def test_programs_are_traced_once(mode: Mode) -> None:
+    """Numbers that a trace finds in 0-d tensors make it begin anew, with a schedule of the learning rate for example.
+
+    Where PyTorch finds a reason to, which the control looks for, it says so.
+    """
+    setup = attrs.evolve(small, optimizer=adamw(trainfn.optim.warmup_cosine(0.01, warmup=2, total=9)))
+    step, state = compiled(setup, mode=mode, backend="aot_eager")
+    clear_compilation_metrics()
+    step(state, setup.batch())
+    assert not any(metrics.restart_reasons for metrics in get_compilation_metrics())
+
+
+def test_restarted_traces_are_seen() -> None:
+    rate = torch.tensor(0.5, dtype=torch.float64)
+
+    def scaled(x: Tensor) -> Tensor:
+        return x * rate.item()
+
+    clear_compilation_metrics()
+    torch.compile(scaled, backend="aot_eager")(torch.ones(2))
+    assert any(metrics.restart_reasons for metrics in get_compilation_metrics())
 
 
 def test_compiling_leaves_the_compilers_settings_alone() -> None:

@@ -278,7 +278,7 @@ class CompiledStep:
         try:
             if self._surprises > _MOST_SURPRISES:
                 raise RuntimeError("something in Python that the model or the loss reads changes from step to step")
-            with surroundings(self.step.model, state, training=True), compiling(self.step.attention):
+            with surroundings(self.step.model, state, training=True), compiling(self.step.attention, self.backend):
                 report = form.program(held, batch)
         except (TrainfnError, torch.OutOfMemoryError):
             raise

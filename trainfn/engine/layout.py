@@ -153,7 +153,9 @@ class Layout:
         self._by_name = {pack.name: pack for pack in self.trained}
         self._rows = {pack.name: pack.rows()[0] for pack in self.trained if len(pack.slots) > 1}
         self._owners = self._owners_of_rows(params)
-        self._like = evolve(state, params={}, buffers={}, ema=None, opt=(), report=None)
+        # A form without tensors, which a trace would make inputs of, and look into: it would trace all a second time.
+        form = evolve(state, params={}, buffers={}, ema=None, opt=(), report=None)
+        self._form = map_named(lambda name, leaf: name if isinstance(leaf, Tensor) else leaf, form)
 
     def pack(self, state: TrainState) -> Packed:
         """Return the state's numbers in packs, in new memory but for what is frozen."""
@@ -190,7 +192,7 @@ class Layout:
                 if name not in packed.frozen:
                     params[name] = param.detach().requires_grad_()
             return evolve(
-                self._like,
+                self._form,
                 params={name: params[name] for name in self._names},
                 buffers={name: buffers[name] for name in self._buffer_names},
                 opt=self.map_roles(self.split, packed.opt),
@@ -201,7 +203,7 @@ class Layout:
     def packs(self, packed: Packed) -> TrainState:
         """Return the state that ``update`` takes: packs in place of leaves, counters as they are."""
         return evolve(
-            self._like,
+            self._form,
             params=packed.params,
             buffers=packed.buffers,
             opt=packed.opt,
@@ -252,7 +254,7 @@ class Layout:
 
     def _numbers(self, packed: Packed) -> dict[str, Any]:
         rest = _split(self._rest, packed.rest)
-        return map_named(lambda name, leaf: rest[name], counters(self._like))
+        return map_named(lambda name, leaf: rest[name], counters(self._form))
 
     def _joined(self, leaves: Params) -> Params:
         return {pack.name: pack.join(leaves) for pack in self.trained if pack.name in leaves}

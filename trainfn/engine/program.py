@@ -20,7 +20,7 @@ from __future__ import annotations
 import re
 import types
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import attrs
@@ -63,8 +63,8 @@ def make_program(mode: ProgramMode, step: Step, layout: Layout, form: Packed, ba
 
 
 @contextmanager
-def compiling(attention: str = "auto") -> Iterator[None]:
-    """Set what the compiler needs to differentiate inside a program, and where programs are kept.
+def compiling(attention: str, backend: Any) -> Iterator[None]:
+    """Set what the compiler needs to differentiate inside a program, and where those of Inductor are kept.
 
     Only calls that compile need it. Programs with another kernel of attention are kept apart: PyTorch's key to what it
     keeps does not hold the choice (2.13), and the first one compiled would be all that ever ran.
@@ -74,7 +74,8 @@ def compiling(attention: str = "auto") -> Iterator[None]:
 
     tag = kept.cache_key_tag if attention == "auto" else f"{kept.cache_key_tag} attention={attention}"
     differentiating = config.patch(trace_autograd_ops=True, recompile_limit=MOST_PROGRAMS)
-    with kept_programs(), differentiating, kept.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
+    keeping = kept_programs() if backend == "inductor" else nullcontext()
+    with keeping, differentiating, kept.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
         yield
 
 
@@ -245,4 +246,4 @@ def _guards(entries: Sequence[Any]) -> list[bool]:
 
 
 _VALUES = {"CONSTANT_MATCH", "EQUALS_MATCH", "SEQUENCE_LENGTH"}
-_INTERNAL = re.compile(r"__import_(torch|trainfn|attr|contextlib)|type\(|^(form|layout)\.")
+_INTERNAL = re.compile(r"__import_(torch|trainfn|attr|contextlib)|type\(|^(form|layout)\.|\._rooms\b")
