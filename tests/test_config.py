@@ -254,6 +254,8 @@ def test_presets_that_there_are_not() -> None:
         TrainConfig.preset("prodction", max_steps=1)
     with pytest.raises(ConfigError, match="one device"):
         TrainConfig.preset("distributed", max_steps=1)
+    with pytest.raises(ConfigError, match="no such preset"):
+        TrainConfig.preset(["quick"], max_steps=1)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="here it is called 'lr'"):
         TrainConfig.preset("quick", learning_rate=1)
 

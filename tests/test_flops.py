@@ -126,6 +126,9 @@ def test_the_table_says_what_is_trained_and_the_gradient_norms() -> None:
     assert plain.endswith("74 trained, 0 frozen")
     with pytest.raises(ConfigError, match="no summary of this"):
         trainfn.summary(3)  # type: ignore[arg-type]
+    for depth in (0, "1"):
+        with pytest.raises(ConfigError, match="counts names"):
+            trainfn.summary(make_model(), depth=depth)  # type: ignore[arg-type]
 
 
 # --- profiles ---------------------------------------------------------------------------------------------------------
@@ -147,6 +150,8 @@ def test_a_profile_is_of_the_steps_of_the_run(tmp_path: Path) -> None:
     assert 0 < found.seconds < 5
     with pytest.raises(ConfigError, match="shorter than"):
         trainfn.profile(model, (X, Y), loss="classification", max_steps=2, device="cpu")
+    with pytest.raises(ConfigError, match=r"A trace is a file[^$]*trace\.json"):
+        trainfn.profile(model, (X, Y), loss="classification", trace=found.trace.parent)
     for steps in (0, "5"):
         with pytest.raises(ConfigError, match="needs steps"):
             trainfn.profile(model, (X, Y), loss="classification", steps=steps)  # type: ignore[arg-type]

@@ -71,6 +71,8 @@ def test_a_table_is_of_one_run(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"not one of this logger's[^$]*mine\.csv[^$]*a column called step"):
         train(CSV(tmp_path / "mine.csv"), out_dir=tmp_path / "run", resume="auto")
     assert (tmp_path / "mine.csv").read_text() == "a,b\n1,2\n"
+    with pytest.raises(ConfigError, match="A directory cannot be written to"):
+        train(CSV(tmp_path))
 
 
 def test_tensorboard_reads_the_numbers(tmp_path: Path) -> None:

@@ -90,6 +90,11 @@ def test_names_have_to_be_names() -> None:
         named_sets({"a b": (X, Y), 3: (X, Y)}, (X, Y))
 
 
+def test_a_set_that_is_none_is_named() -> None:
+    with pytest.raises(DataError, match=r"nothing in a set[^$]*val_data\['b'\][^$]*leave the name out"):
+        train(val_data={"a": (X, Y), "b": None})
+
+
 def test_evaluation_of_an_all_padding_batch_is_harmless_in_any_set() -> None:
     ignored = torch.cat([torch.full((8,), -100), Y[8:]])
     row = train(val_data={"a": (X, ignored), "b": (X[8:], Y[8:])}).history[-1]

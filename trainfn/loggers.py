@@ -78,9 +78,11 @@ class CSV:
         """Read the rows that are there, without those after the step that the run goes on from.
 
         Raises:
-            ConfigError: the file has no such rows.
+            ConfigError: the file has no such rows, or the path is a directory.
         """
         self._rows, self._columns = [], {}
+        if self._path.is_dir():
+            raise ConfigError("A directory cannot be written to.", where=str(self._path), expected="the path of a file")
         if not self._path.exists() or not plan.state.cursor:
             return
         with open(self._path, newline="") as file:

@@ -62,7 +62,8 @@ def profile(
             chooses as for that run. ``out_dir`` and ``resume``, rollbacks and evaluations are left aside.
 
     Raises:
-        ConfigError: counts that are none, or a run of fewer steps than these; and what :func:`trainfn.plan` raises.
+        ConfigError: counts that are none, a run of fewer steps than these, or a trace that would be a directory; and
+            what :func:`trainfn.plan` raises.
 
     >>> x, y = torch.ones(8, 2), torch.zeros(8, dtype=torch.long)
     >>> found = profile(nn.Linear(2, 2), (x, y), loss="classification", steps=2, device="cpu")
@@ -72,6 +73,8 @@ def profile(
     counts = all(isinstance(count, int) for count in (steps, warmup))
     if not counts or steps < 1 or warmup < 0:
         raise ConfigError("A profile needs steps.", expected="steps >= 1, warmup >= 0", got=f"{steps=}, {warmup=}")
+    if trace is not None and Path(trace).is_dir():
+        raise ConfigError("A trace is a file.", where=str(trace), hint=f"trace={str(Path(trace, 'trace.json'))!r}")
     limits = {"max_steps", "max_epochs", "max_seconds"}
     given = given_settings(settings.pop("config", None), settings)
     chosen = {name: value for name, value in given.items() if name not in OF_WHOLE_RUNS or name in limits}

@@ -28,7 +28,7 @@ def summary(of: nn.Module | Plan | FitResult, *, depth: int | None = None) -> st
     13 parameters in 4 tensors, 13 trained, 0 frozen
     """
     params, norms = _contents(of)
-    if depth is not None and depth < 1:
+    if depth is not None and (not isinstance(depth, int) or depth < 1):
         raise ConfigError("A depth counts names.", expected="an int >= 1, or None", got=f"{depth=}")
     lines = [
         (name, param, param.numel() if param.requires_grad else 0, norms.get(name)) for name, param in params.items()

@@ -52,7 +52,7 @@ def preset(name: str) -> dict[str, Any]:
       got: 'distributed'
       try: trainfn trains on one device; one of baseline, low_memory, production, quick
     """
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         hint = suggest(str(name), PRESETS)
         hint = f"trainfn trains on one device; {hint}" if name == "distributed" else hint
         raise ConfigError("There is no such preset.", got=repr(name), hint=hint)

@@ -28,7 +28,7 @@ def named_sets(val_data: object, data: object) -> dict[str, Any]:
         data: what is trained on.
 
     Raises:
-        DataError: a name that is none.
+        DataError: a name that is none, or None in place of a set.
 
     >>> import torch
     >>> x = torch.ones(2)
@@ -41,6 +41,16 @@ def named_sets(val_data: object, data: object) -> dict[str, Any]:
         return {}
     several = isinstance(val_data, Mapping) and val_data and all(map(_is_set, val_data.values()))
     same = isinstance(val_data, Mapping) and isinstance(data, Mapping) and val_data.keys() == data.keys()
+    if isinstance(val_data, Mapping) and not same and any(map(_is_set, val_data.values())):
+        missing = [name for name, each in val_data.items() if each is None]
+        if missing:
+            raise DataError(
+                "There is nothing in a set to evaluate on.",
+                where=f"val_data[{missing[0]!r}]",
+                expected="data in any of the forms that fit takes",
+                got="None",
+                hint="leave the name out",
+            )
     if not several or same or not isinstance(val_data, Mapping):
         return {"val": val_data}
     wrong = [name for name in val_data if not (isinstance(name, str) and name.replace("-", "_").isidentifier())]
