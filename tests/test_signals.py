@@ -190,9 +190,9 @@ def signalled(run: Path, number: signal.Signals, workers: int, group: bool) -> i
         *[(number, 2, True) for number in (signal.SIGTERM, signal.SIGINT)] * 2,
         *[
             pytest.param(number, workers, workers > 0, marks=pytest.mark.slow)
-            for number in (signal.SIGTERM, signal.SIGINT)
+            for number, often in ((signal.SIGTERM, 100), (signal.SIGINT, 50))
             for workers in (0, 2)
-            for _ in range(50)
+            for _ in range(often)
         ],
     ],
 )
