@@ -77,7 +77,8 @@ def make_forward(
     def apply(params: Params, buffers: Buffers, batch: Batch) -> Any:
         args, kwargs = cast(arguments(batch), dtype)
         tensors = params | buffers
-        tensors |= {name: cast(tensors[name], dtype) for name in low & tensors.keys()}
+        if low:  # in the model's order: that of a set is another in every process, and so would the program be
+            tensors |= {name: cast(tensor, dtype) for name, tensor in tensors.items() if name in low}
         with recomputing(model, checkpoint) if checkpoint and not torch.compiler.is_compiling() else nullcontext():
             outputs = apply_to(tensors, args, kwargs)
         for name, old in buffers.items():
