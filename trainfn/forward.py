@@ -251,7 +251,7 @@ class _Places:
             _held.stack[-1].append(self._put_back) if _held.stack else self._put_back()
 
     def call_traced(self, tensors: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Do what :meth:`call` does, in few steps for a compiler to follow; an error ends its trace anyway.
+        """Do what :meth:`call` does, in few steps for a compiler to follow.
 
         What is put back is what was found, by way of the modules: a program does the same at each call.
         """
@@ -262,13 +262,14 @@ class _Places:
             own.append(home[key])
             if name in given:
                 home[key] = given[name]
-        outputs = self._model(*args, **kwargs)
-        for (module, kind, key, name), old in zip(self._rooms, own, strict=True):
-            home = getattr(module, kind)
-            if name in given and home.get(key) is not None and home[key] is not given[name]:
-                tensors[name] = home[key]
-            home[key] = old
-        return outputs
+        try:
+            return self._model(*args, **kwargs)
+        finally:
+            for (module, kind, key, name), old in zip(self._rooms, own, strict=True):
+                home = getattr(module, kind)
+                if name in given and home.get(key) is not None and home[key] is not given[name]:
+                    tensors[name] = home[key]
+                home[key] = old
 
     def _put_back(self) -> None:
         for home, key, _, own in self._places:
