@@ -483,6 +483,7 @@ def test_compiled_they_are_the_same(net: Recipe) -> None:
         assert digest(found.weight) == digest(right.weight)
 
 
+@pytest.mark.slow
 def test_compiled_by_the_default_backend_with_dropout() -> None:
     net = MlpRecipe(dropout=0.5)
     loss, params, buffers = parts(net)

@@ -89,6 +89,7 @@ def test_two_programs_agree(setup: Setup) -> None:
         assert relative_error(getattr(found, name), getattr(right, name)) <= tolerance
 
 
+@pytest.mark.slow
 def test_inductor_agrees() -> None:
     setup = Setup(MlpRecipe(blocks=("batch_norm",), width=4), sgd(0.1, momentum=0.9))
     found, right = run(setup, "blocks.*", mode="split", backend="inductor"), run(setup, None)
