@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 import math
 import subprocess
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 import trainfn
+from trainfn.engine.memory import is_frozen
 from trainfn.errors import ConfigError, MissingPackageError, ModelError, StepMemoryError
 from trainfn.finders.batch_size import Trial, largest
 from trainfn.finders.lr import suggested
@@ -334,14 +334,14 @@ def check_measured_on_a_host() -> None:
     before, limit = resident(), 100 << 20
     found = search(Hungry(), max_memory=limit, headroom=0.0)
     assert found.limit == limit < available()
-    assert 6 <= found.batch_size <= 30, f"at 4 to 9 MB an example, as the heap may have it: {found}"
+    assert 6 <= found.batch_size <= 40, f"at 3 to 9 MB an example, as the heap may have it: {found}"
     assert not all(trial.fits for trial in found.trials)
     for trial in found.trials:
         assert trial.bytes is not None
         assert (trial.bytes <= limit) == trial.fits
     assert search(Bounded(5), max_memory=limit, headroom=0.75, most=2).limit == limit // 4
     assert resident() - before < limit / 2, "what the tries took is given back"
-    assert gc.get_freeze_count() == 0
+    assert not is_frozen()
 
 
 def test_a_search_leaves_everything_as_it_was() -> None:

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 _NEVER = 2**30  # collections of the middle generation
+_OF_PYTHON = 2_000  # objects; what someone freezes with torch imported are a hundred thousand
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # malloc.h's numbers for mallopt
 
 
@@ -39,6 +40,15 @@ def keep_pages() -> bool:
     if mallopt is None:
         return False
     return bool(mallopt(_MMAP_THRESHOLD, 1 << 30)) and bool(mallopt(_TRIM_THRESHOLD, (1 << 31) - 1))
+
+
+def is_frozen() -> bool:
+    """Return whether someone has frozen objects. Python 3.12 begins with some hundreds, which are its own.
+
+    >>> is_frozen()
+    False
+    """
+    return gc.get_freeze_count() > _OF_PYTHON
 
 
 @contextmanager
@@ -64,7 +74,7 @@ def collecting_at_rows(*, after: float = 2.0) -> Iterator[Callable[[], None]]:
         if is_ours:
             if gc.get_count()[2] >= old:
                 gc.collect()
-        elif time.perf_counter() - began >= after and gc.isenabled() and young and old and not gc.get_freeze_count():
+        elif time.perf_counter() - began >= after and gc.isenabled() and young and old and not is_frozen():
             is_ours = True
             gc.collect()
             gc.freeze()

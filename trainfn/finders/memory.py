@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from trainfn.engine.memory import is_frozen
 from trainfn.errors import ConfigError
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -83,7 +84,7 @@ def set_aside() -> Iterator[None]:
     ...     gc.get_freeze_count() > 0
     True
     """
-    is_ours = gc.get_freeze_count() == 0
+    is_ours = not is_frozen()
     if is_ours:
         gc.collect()
         gc.freeze()
