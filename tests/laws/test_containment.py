@@ -115,7 +115,7 @@ def test_one_number_that_is_not_finite_changes_nothing(setup: Setup, place: str,
     check_forgotten(step, state, poisoned_batch(setup, place, value), clean_batch(setup, 2))
 
 
-@settings(few, max_examples=4)
+@settings(few, max_examples=6)
 @given(setups(trainable_mlps), st.lists(st.tuples(places, not_finite), min_size=3, max_size=3))
 def test_in_a_compiled_step_too(setup: Setup, spoilt: list[tuple[str, float]]) -> None:
     model = setup.net.model()

@@ -39,19 +39,19 @@ def named_sets(val_data: object, data: object) -> dict[str, Any]:
     """
     if val_data is None:
         return {}
-    several = isinstance(val_data, Mapping) and val_data and all(map(_is_set, val_data.values()))
-    same = isinstance(val_data, Mapping) and isinstance(data, Mapping) and val_data.keys() == data.keys()
-    if isinstance(val_data, Mapping) and not same and any(map(_is_set, val_data.values())):
-        missing = [name for name, each in val_data.items() if each is None]
-        if missing:
-            raise DataError(
-                "There is nothing in a set to evaluate on.",
-                where=f"val_data[{missing[0]!r}]",
-                expected="data in any of the forms that fit takes",
-                got="None",
-                hint="leave the name out",
-            )
-    if not several or same or not isinstance(val_data, Mapping):
+    if not isinstance(val_data, Mapping) or (isinstance(data, Mapping) and val_data.keys() == data.keys()):
+        return {"val": val_data}
+    are_sets = [_is_set(each) for each in val_data.values()]
+    missing = [name for name, each in val_data.items() if each is None]
+    if missing and any(are_sets):
+        raise DataError(
+            "There is nothing in a set to evaluate on.",
+            where=f"val_data[{missing[0]!r}]",
+            expected="data in any of the forms that fit takes",
+            got="None",
+            hint="leave the name out",
+        )
+    if not are_sets or not all(are_sets):
         return {"val": val_data}
     wrong = [name for name in val_data if not (isinstance(name, str) and name.replace("-", "_").isidentifier())]
     if wrong:
