@@ -30,7 +30,7 @@ def main() -> None:
         def __init__(self) -> None:
             x, y = work.batch
             self.made = trainfn.plan(
-                work.model(), (x.repeat(64, 1), y.repeat(64, 1)), loss="mse", batch_size=16, max_steps=10**9,
+                work.model(), (x.repeat(4096, 1), y.repeat(4096, 1)), loss="mse", batch_size=16, max_steps=10**9,
                 optimizer=trainfn.optim.adamw(1e-3), compile="graph", progress=False, device="cpu", on_spike="off",
                 health_every=None, ema=0.999, log_every=1000,
             )  # fmt: skip

@@ -20,10 +20,10 @@ import trainfn
 from tests.strategies import LmRecipe, MlpRecipe, Setup, torch_warns_of_itself
 from trainfn.engine.choice import Mode
 from trainfn.engine.compile import CompiledStep
-from trainfn.engine.cudagraph import Capturing, flat_report, make_capturing, report_of
+from trainfn.engine.cudagraph import Capturing, make_capturing
 from trainfn.errors import CompileError, ConfigError
 from trainfn.optim import adamw, sgd
-from trainfn.state import TrainState
+from trainfn.state import Report, TrainState
 from trainfn.tree import digest, named_leaves
 
 pytestmark = [
@@ -189,7 +189,7 @@ def test_the_global_generator_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_report_goes_through_one_row_bit_by_bit() -> None:
     report = attrs.evolve(trainfn.init(nn.Linear(2, 2), sgd(0.1)).report, verdict=torch.tensor(5))
-    same = report_of(flat_report(report))
+    same = Report.of(report.row)
     assert digest(same) == digest(report)
     assert same.verdict.dtype == torch.int64
 

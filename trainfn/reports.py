@@ -78,12 +78,11 @@ class EpochSums:
 def read_reports(reports: list[Report], state: TrainState) -> tuple[list[list[float]], Row]:
     """Return loss, weight, gradient norm, rate and verdict of each report, and what all steps have added up."""
     stats, scale = state.stats, state.scale
-    cells = [cell for report in reports for cell in (*(getattr(report, name) for name in NUMBERS), report.verdict)]
+    heads = [torch.stack([report.row.narrow(0, 0, NUMBERS) for report in reports])] if reports else []
     totals = [stats.seen, stats.micro_batches, stats.outcomes] + ([] if scale is None else [scale.factor])
-    numbers = fetched([*cells, *totals])
-    width = len(NUMBERS) + 1
-    table = [numbers[start : start + width] for start in range(0, width * len(reports), width)]
-    seen, micro, outcomes, *factor = numbers[len(cells) :]
+    found = iter(fetched([*heads, *totals]))
+    table: list[list[float]] = next(found) if reports else []
+    seen, micro, outcomes, *factor = found
     row: Row = {
         "applied": int(sum(outcomes[verdict] for verdict in Verdict if verdict.applied)),
         "skipped": int(sum(outcomes[verdict] for verdict in Verdict if not verdict.applied)),

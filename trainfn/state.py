@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ Params = dict[str, Tensor]
 Buffers = dict[str, Tensor]
 """Tensors by ``named_buffers()`` name, non-persistent ones included: the next step reads those too."""
 
+NUMBERS = 5
+"""How many numbers a report begins with: loss, weight, gradient norm, rate, verdict."""
+
 
 @record
 class Report:
@@ -31,6 +34,8 @@ class Report:
         grad_norms: the same for each trained parameter, [number of them] float64, in their order in the state.
         lr: learning rate of this step, [] float64 (NaN where the optimizer has none).
         verdict: [] int64, a :class:`trainfn.health.Verdict` code.
+
+    A program returns a report as one row of numbers. Its fields are made when one is asked for, as views.
     """
 
     loss: Tensor
@@ -40,9 +45,37 @@ class Report:
     lr: Tensor
     verdict: Tensor
 
+    @classmethod
+    def of(cls, row: Tensor) -> Report:
+        """Return the report that a row is: the inverse of :attr:`row`.
 
-NUMBERS = ("loss", "weight", "grad_norm", "lr")
-"""The fields of a report that are one number each, [] float64."""
+        >>> report = Report.of(torch.tensor([0.5, 2.0, 1.0, 1e-3, 3.0, 0.6, 0.8], dtype=torch.float64))
+        >>> report.verdict, report.grad_norms
+        (tensor(3), tensor([0.6000, 0.8000], dtype=torch.float64))
+        """
+        report = object.__new__(cls)
+        report.__dict__["_row"] = row
+        return report
+
+    @property
+    def row(self) -> Tensor:
+        """All of it in one row, [5 + trained parameters] float64: the numbers, the verdict, the norms."""
+        known: Tensor | None = self.__dict__.get("_row")
+        if known is not None:
+            return known
+        numbers = torch.stack([self.loss, self.weight, self.grad_norm, self.lr, self.verdict.to(self.loss.dtype)])
+        return torch.cat([numbers, self.grad_norms])
+
+    if not TYPE_CHECKING:  # of a report in a row, fields are not there before they are asked for
+
+        def __getattr__(self, name: str) -> Tensor:
+            row = self.__dict__.get("_row")
+            if row is None or name not in self.__record_fields__:
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            loss, weight, grad_norm, lr, verdict = row[:NUMBERS].unbind()
+            made = {"loss": loss, "weight": weight, "grad_norm": grad_norm, "lr": lr}
+            self.__dict__.update(made, verdict=verdict.to(torch.int64), grad_norms=row[NUMBERS:])
+            return self.__dict__[name]
 
 
 @record

@@ -35,7 +35,7 @@ from torch import Tensor
 from trainfn.batch import Batch
 from trainfn.engine.recording import Cuda, Mark, Recording
 from trainfn.errors import CompileError, listed
-from trainfn.state import NUMBERS, Report
+from trainfn.state import Report
 from trainfn.tree import Tree, map_leaves, named_leaves
 
 Asked = Literal["auto"] | bool
@@ -187,7 +187,7 @@ class Capturing:
         failure: Exception | None = None
         drawn = False
         try:
-            case.replay, case.result = self._recording.record(lambda: flat_report(call(case.slots)))
+            case.replay, case.result = self._recording.record(lambda: call(case.slots).row)
             drawn = not torch.equal(used[0].get_state(), before[0])
         except Exception as error:
             failure = error
@@ -214,7 +214,7 @@ class Capturing:
         with torch.no_grad():
             _fill(case.slots, batch)
         case.replay()
-        return report_of(case.result.clone())
+        return Report.of(case.result.clone())
 
     def _timed_replay(self, case: Case, batch: Batch) -> Report:
         assert case.replay is not None
@@ -222,7 +222,7 @@ class Capturing:
         with self._timed(case.replayed), torch.no_grad():
             _fill(case.slots, batch)
             case.replay()
-            report = report_of(case.result.clone())
+            report = Report.of(case.result.clone())
         if len(case.replayed) >= _TIMED and case.replayed[_TIMED - 1][1].query():  # nobody waits for the device
             called, replayed = (_median(marks) for marks in (case.called, case.replayed))
             self._pays = replayed < _GAIN * called
@@ -241,26 +241,6 @@ class Capturing:
         start = self._recording.mark()
         yield
         marks.append((start, self._recording.mark()))
-
-
-def flat_report(report: Report) -> Tensor:
-    """Return a report in one row of float64, the verdict bit by bit: what one copy takes.
-
-    >>> one, code = torch.ones((), dtype=torch.float64), torch.tensor(3)
-    >>> report = Report(loss=one, weight=2 * one, grad_norm=one, grad_norms=one.view(1), lr=one, verdict=code)
-    >>> same = report_of(flat_report(report))
-    >>> float(same.weight), int(same.verdict), same.grad_norms.shape
-    (2.0, 3, torch.Size([1]))
-    """
-    numbers = [getattr(report, name).view(1) for name in NUMBERS]
-    return torch.cat([*numbers, report.verdict.view(1).view(torch.float64), report.grad_norms])
-
-
-def report_of(flat: Tensor) -> Report:
-    """Return the report that a row is, as views: the inverse of :func:`flat_report`."""
-    *numbers, code = flat[: len(NUMBERS) + 1].unbind()
-    fields = dict(zip(NUMBERS, numbers, strict=True))
-    return Report(**fields, verdict=code.view(torch.int64), grad_norms=flat[len(NUMBERS) + 1 :])
 
 
 def _slots(batch: Batch) -> Batch:

@@ -142,16 +142,15 @@ def _eager(step: Step, form: _Tensors, backend: Any) -> Program:
 def _graph(step: Step, form: _Tensors, backend: Any) -> Program:
     layout, update = form.layout, form.update(step)
 
-    def whole(tensors: list[Tensor], batch: Batch) -> Report:
+    def whole(tensors: list[Tensor], batch: Batch) -> Tensor:
         params, buffers, scale = layout.inputs(form.packed(tensors))
         found = layout.joined(fold(step.gradients, params, buffers, micro_batches(batch, step.accumulate), scale=scale))
-        return form.apply(update, tensors, found, layout.norms(found.grads))
+        return form.apply(update, tensors, found, layout.norms(found.grads)).row
 
     compiled = _compiled(whole, form, backend)
 
     def program(held: Held, batch: Batch) -> Report:
-        report: Report = compiled(held.tensors, batch)
-        return report
+        return Report.of(compiled(held.tensors, batch))
 
     return program
 
@@ -188,15 +187,14 @@ def _in_two(step: Step, form: _Tensors, backend: Any, gradients: GradientsFn) ->
     """Return the program that takes gradients by one of its own, joins them, and compiles the update."""
     layout, update = form.layout, form.update(step)
 
-    def finish(tensors: list[Tensor], found: Gradients) -> Report:
-        return form.apply(update, tensors, layout.joined_buffers(found), layout.norms(found.grads))
+    def finish(tensors: list[Tensor], found: Gradients) -> Tensor:
+        return form.apply(update, tensors, layout.joined_buffers(found), layout.norms(found.grads)).row
 
     finishing = _compiled(finish, form, backend)
 
     def program(held: Held, batch: Batch) -> Report:
         found = summed(layout, gradients, held.views, micro_batches(batch, step.accumulate))
-        report: Report = finishing(held.tensors, found)
-        return report
+        return Report.of(finishing(held.tensors, found))
 
     return program
 
