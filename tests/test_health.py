@@ -75,7 +75,7 @@ def test_the_counters_follow_a_run() -> None:
     for verdict, streak in run:
         code = torch.tensor(int(verdict))
         health = track(health, code, is_applied(code), health.baseline)
-        stats = add_up(stats, code, is_applied(code), torch.tensor(8.0), torch.tensor(3))
+        stats = add_up(stats, code, ~is_applied(code), torch.tensor(8.0), torch.tensor(3))
         assert int(health.streak) == streak
     assert int(stats.micro_batches) == 3 * len(run)
     assert float(stats.seen) == 16.0

@@ -222,19 +222,18 @@ class _Places:
         ]
         rooms = [(getattr(module, kind), key, name) for module, kind, key, name in self._rooms]
         self._places = [(home, key, name, home[key]) for home, key, name in rooms]
-        self._empty = [(home, key) for home in homes for key, tensor in home.items() if tensor is None]
+        self._found = [(home, key, tensor) for home in homes for key, tensor in home.items()]
         self._children = [(module._modules, dict(module._modules)) for module in modules]
         self._homes, self._sizes = homes, [len(home) for home in homes]
 
     def are_up_to_date(self) -> bool:
-        for home, key, _, tensor in self._places:
+        for home, key, tensor in self._found:  # at every call, so in few words
             if home.get(key) is not tensor:
                 return False
-        return (
-            all(home.get(key) is None for home, key in self._empty)
-            and all(now == then for now, then in self._children)
-            and [len(home) for home in self._homes] == self._sizes
-        )
+        for now, then in self._children:
+            if now != then:
+                return False
+        return list(map(len, self._homes)) == self._sizes
 
     def call(self, tensors: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = dict(tensors)

@@ -125,10 +125,10 @@ def judge(total: Tensor, weight: Tensor, grad_norm: Tensor, scale: LossScale | N
     infinite: Tensor | int = int(Verdict.NON_FINITE_GRADIENT)
     if scale is not None:
         infinite = torch.where(scale.factor > 1.0, int(Verdict.OVERFLOW), infinite)
-    verdict = torch.zeros_like(weight, dtype=torch.int64)  # OK
-    verdict = verdict.masked_fill(weight <= 0, int(Verdict.EMPTY))
-    verdict = verdict.masked_fill(~(grad_norm.abs() < torch.inf), infinite)  # for NaN, too, no comparison holds
-    return verdict.masked_fill(~(torch.maximum(total.abs(), weight.abs()) < torch.inf), int(Verdict.NON_FINITE_LOSS))
+    verdict = torch.where(weight > 0, int(Verdict.OK), int(Verdict.EMPTY))
+    verdict = torch.where(grad_norm.abs() < torch.inf, verdict, infinite)  # for NaN, too, no comparison holds
+    is_finite = torch.maximum(total.abs(), weight.abs()) < torch.inf
+    return torch.where(is_finite, verdict, int(Verdict.NON_FINITE_LOSS))
 
 
 def judge_spike(
@@ -217,13 +217,13 @@ def forgiven(health: Health) -> Health:
 
 
 def add_up(
-    stats: AccumulationStats, verdict: Tensor, applied: Tensor, weight: Tensor, micro_batches: Tensor
+    stats: AccumulationStats, verdict: Tensor, skipped: Tensor, weight: Tensor, micro_batches: Tensor
 ) -> AccumulationStats:
     """Return the statistics after a step."""
     codes = torch.arange(stats.outcomes.shape[0], device=verdict.device)
     return AccumulationStats(
         micro_batches=stats.micro_batches + micro_batches,
-        seen=stats.seen + weight.masked_fill(~applied, 0.0),
+        seen=stats.seen + weight.masked_fill(skipped, 0.0),
         outcomes=stats.outcomes + (codes == verdict),
     )
 

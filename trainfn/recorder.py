@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+from torch import Tensor
 
 from trainfn.errors import listed, warn
 from trainfn.health import ALARMING, REFUSED, HealthWarning, Verdict
@@ -23,6 +24,8 @@ from trainfn.reports import EpochSums, read_reports, summary, tensor_health
 from trainfn.result import Row
 from trainfn.state import Report, TrainState
 from trainfn.store import CheckpointWarning, CheckpointWriteError, History, Place, cut, rows
+
+_BY_CODE = {float(verdict): verdict for verdict in Verdict}  # to call Verdict takes longer, and there are thousands
 
 SO_FAR = "epoch_so_far"
 """Under this name, what an epoch has come to is among the metrics in a manifest."""
@@ -45,7 +48,7 @@ class Recorder:
         self.rows: list[Row] = []
         self.epochs: list[Row] = []
         self._plan = plan
-        self._reports: list[Report] = []  # since the last row
+        self._reports: list[Tensor] = []  # since the last row of the history, each in a row
         self._lines: list[list[float]] = []  # what has been read of them
         self._totals: Row = {}
         self._lr = math.nan
@@ -80,13 +83,13 @@ class Recorder:
 
     def step(self, state: TrainState) -> None:
         """Remember the report of a step."""
-        self._reports.append(state.report)
+        self._reports.append(state.report.row)
 
     def last_refused(self, state: TrainState) -> tuple[int, Report]:
         """Return the batch that made the run halt, by number, and the report on its step; since the last row."""
         self.read(state)
         refused = [number for number, verdict in self._verdicts(state).items() if verdict in REFUSED]
-        return refused[-1], self._reports[refused[-1] - state.cursor]
+        return refused[-1], Report.of(self._reports[refused[-1] - state.cursor])
 
     def read(self, state: TrainState) -> None:
         """Read the reports that have not been read yet: this waits for the device."""
@@ -184,15 +187,14 @@ class Recorder:
 
     def _verdicts(self, state: TrainState) -> dict[int, Verdict]:
         """Return the verdicts since the last row, by number of batch."""
-        codes = (Verdict(int(line[-1])) for line in self._lines)
-        return dict(enumerate(codes, state.cursor - len(self._lines)))
+        return dict(enumerate([_BY_CODE[line[-1]] for line in self._lines], state.cursor - len(self._lines)))
 
     def _warn(self, verdicts: Mapping[int, Verdict]) -> None:
         """Warn of what should not be overlooked: once for each kind, with the examples of the first step."""
-        for kind in ALARMING:
+        found = set(verdicts.values())
+        for kind in [kind for kind in ALARMING if kind in found]:
             steps = [number for number, verdict in verdicts.items() if verdict is kind]
-            if steps:
-                more = f", and in {len(steps) - 1} more" if len(steps) > 1 else ""
-                examples = listed(self._plan.loader.indices(steps[0]).tolist())
-                text = f"In the step over batch {steps[0]} (examples [{examples}]){more}, {kind.sentence}."
-                warn(text, HealthWarning)
+            more = f", and in {len(steps) - 1} more" if len(steps) > 1 else ""
+            examples = listed(self._plan.loader.indices(steps[0]).tolist())
+            text = f"In the step over batch {steps[0]} (examples [{examples}]){more}, {kind.sentence}."
+            warn(text, HealthWarning)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trainfn.health import Verdict, ailing
 from trainfn.result import Row
-from trainfn.state import NUMBERS, Report, TrainState, trainable
+from trainfn.state import NUMBERS, TrainState, trainable
 
 _APPLIED = frozenset(int(verdict) for verdict in Verdict if verdict.applied)
 
@@ -75,10 +75,10 @@ class EpochSums:
         }
 
 
-def read_reports(reports: list[Report], state: TrainState) -> tuple[list[list[float]], Row]:
-    """Return loss, weight, gradient norm, rate and verdict of each report, and what all steps have added up."""
+def read_reports(reports: list[Tensor], state: TrainState) -> tuple[list[list[float]], Row]:
+    """Return loss, weight, gradient norm, rate and verdict of reports in rows, and what all steps have added up."""
     stats, scale = state.stats, state.scale
-    heads = [torch.stack([report.row.narrow(0, 0, NUMBERS) for report in reports])] if reports else []
+    heads = [torch.stack(reports)[:, :NUMBERS]] if reports else []
     totals = [stats.seen, stats.micro_batches, stats.outcomes] + ([] if scale is None else [scale.factor])
     found = iter(fetched([*heads, *totals]))
     table: list[list[float]] = next(found) if reports else []

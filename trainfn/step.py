@@ -6,7 +6,7 @@ step = update . fold(merge) . map(gradients)
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import get_args
 
 import attrs
@@ -198,12 +198,23 @@ def finished(before: TrainState, after: TrainState) -> TrainState:
     return evolve(after, cursor=before.cursor + 1, seed=before.seed)
 
 
-@contextmanager
-def surroundings(model: nn.Module, state: TrainState, *, training: bool, draws: bool = True) -> Iterator[None]:
+def surroundings(
+    model: nn.Module, state: TrainState, *, training: bool, draws: bool = True
+) -> AbstractContextManager[None]:
     """Hold what a forward reads besides its arguments: modes, whether to record gradients, draws by (seed, cursor).
 
     With ``draws=False`` the generators are left alone: what is known to draw nothing has no use for them.
     """
+    if not draws and model.training == training == torch.is_grad_enabled():
+        return _AS_IT_IS
+    return _surroundings(model, state, training=training, draws=draws)
+
+
+_AS_IT_IS = nullcontext()
+
+
+@contextmanager
+def _surroundings(model: nn.Module, state: TrainState, *, training: bool, draws: bool) -> Iterator[None]:
     with _mode(model, training), _seeded(state) if draws else nullcontext(), torch.set_grad_enabled(training):
         yield
 

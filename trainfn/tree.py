@@ -96,22 +96,18 @@ def named_leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:
     >>> [name for name, _ in named_leaves({"a": {"w": torch.ones(1)}, "b": (torch.ones(1), None)})]
     ['a.w', 'b.0']
     """
-    if _is_node(tree):
-        for key, child in _children(tree):
-            yield from named_leaves(child, _join(prefix, key))
-    elif tree is not None:
-        yield prefix, tree
+    found: list[tuple[str, Any]] = []
+    _note(tree, prefix, found)
+    return iter(found)
 
 
 def leaves(tree: Tree) -> list[Any]:
-    """Return the leaves that are not None, in the order of :func:`named_leaves`, and sooner.
+    """Return the leaves that are not None, in the order of :func:`named_leaves`.
 
     >>> leaves({"a": {"w": 1}, "b": (2, None)})
     [1, 2]
     """
-    if not _is_node(tree):
-        return [] if tree is None else [tree]
-    return [leaf for _, child in _children(tree) for leaf in leaves(child)]
+    return [leaf for _, leaf in named_leaves(tree)]
 
 
 def map_named(fn: Callable[[str, Any], Any], tree: T, prefix: str = "") -> T:
@@ -368,7 +364,7 @@ def _make_init(cls: type) -> Callable[..., None]:
 
 
 def _is_node(value: Any) -> bool:
-    if value is None:  # torch 2.11 cannot trace hasattr of None's type
+    if value is None or isinstance(value, Tensor):  # torch 2.11 cannot trace hasattr of None's type; a tensor's is slow
         return False
     return isinstance(value, (dict, list, tuple)) or hasattr(type(value), "__record_fields__")
 
@@ -387,6 +383,14 @@ def _rebuild(node: Any, children: list[Any]) -> Any:
     if isinstance(node, (list, tuple)):
         return type(node)(*children) if hasattr(node, "_fields") else type(node)(children)
     return type(node)(**dict(zip(node.__record_fields__, children, strict=True)))
+
+
+def _note(tree: Tree, name: str, found: list[tuple[str, Any]]) -> None:
+    if _is_node(tree):
+        for key, child in _children(tree):
+            _note(child, _join(name, key), found)
+    elif tree is not None:
+        found.append((name, tree))
 
 
 def _join(prefix: str, key: object) -> str:

@@ -30,7 +30,7 @@ class Decision:
 
     Attributes:
         verdict: [] int64.
-        applied: whether it is applied, [] bool.
+        applied: whether it is applied, [] bool; ``skipped`` is the opposite.
         factor: what summed gradients are multiplied by, [] float64: one over the weight, and the clipping.
         baseline: what is usual, with this step in it.
         report: outcome.
@@ -38,6 +38,7 @@ class Decision:
 
     verdict: Tensor
     applied: Tensor
+    skipped: Tensor
     factor: Tensor
     baseline: Baseline
     report: Report
@@ -84,7 +85,7 @@ class Update:
                 params=state.params | new,
                 buffers=select(decision.applied, found.buffers, state.buffers),
                 opt=select(decision.applied, opt, state.opt),
-                ema=self._averaged(state, new, decision.applied),
+                ema=self._averaged(state, new, decision),
             )
 
     def decide(self, state: TrainState, found: Gradients, norms: Tensor | None = None) -> Decision:
@@ -109,8 +110,14 @@ class Update:
             lr=lr if state.lr_factor is None else lr * state.lr_factor,
             verdict=verdict,
         )
+        applied = is_applied(verdict)
         return Decision(
-            verdict=verdict, applied=is_applied(verdict), factor=clipped / weight, baseline=baseline, report=report
+            verdict=verdict,
+            applied=applied,
+            skipped=~applied,
+            factor=clipped / weight,
+            baseline=baseline,
+            report=report,
         )
 
     def counted(self, state: TrainState, found: Gradients, decision: Decision) -> dict[str, Tree]:
@@ -127,10 +134,10 @@ class Update:
                 halt_after=self.halt_after,
                 on_spike=self.on_spike,
             ),
-            "stats": add_up(state.stats, verdict, applied, decision.report.weight, found.micro_batches),
+            "stats": add_up(state.stats, verdict, decision.skipped, decision.report.weight, found.micro_batches),
         }
 
-    def average_share(self, step: Tensor, applied: Tensor) -> Tensor:
+    def average_share(self, step: Tensor, skipped: Tensor) -> Tensor:
         """Return the share of the newest parameters in their moving average after update ``step``, [] float64.
 
         The average is ``sum_i decay^(t - i) p_i``, weights made to sum to 1. As with Adam's moments, the correction of
@@ -139,18 +146,18 @@ class Update:
         """
         assert self.ema is not None
         share = (1.0 - self.ema) / one_minus_power(self.ema, wide(step) + 1.0)
-        return share.masked_fill(~applied, -0.0)
+        return share.masked_fill(skipped, -0.0)
 
-    def _averaged(self, state: TrainState, new: Params, applied: Tensor) -> Params | None:
+    def _averaged(self, state: TrainState, new: Params, decision: Decision) -> Params | None:
         if state.ema is None:
             return None
-        share = self.average_share(state.step, applied)
+        share = self.average_share(state.step, decision.skipped)
         moved = {
             # Not by lerp, which compares the share with 1/2 for every element.
             name: mean + share.to(mean.dtype) * (new[name].to(mean.dtype) - mean)
             for name, mean in state.ema.items()
         }
-        return select(applied, moved, state.ema)
+        return select(decision.applied, moved, state.ema)
 
 
 def _rescale(scale: LossScale | None, verdict: Tensor) -> LossScale | None:

@@ -227,7 +227,7 @@ class Layout:
             else leaf_norms(packs[pack.name])
             for pack in self.trained
         ]
-        squares = torch.cat(rows).square()
+        squares = (rows[0] if len(rows) == 1 else torch.cat(rows)).square()
         return squares.new_zeros(len(self._trained_names)).index_add_(0, self._owners, squares).sqrt_()
 
     def written(self, after: TrainState) -> Packed:

@@ -125,8 +125,8 @@ def _eager(step: Step, form: _Tensors, backend: Any) -> Program:
                 return form.apply(update, held.tensors, found, norms)
             before = held.packs
             decision = update.decide(before, found, norms)
-            write = fused(before.step, decision.report.lr, decision.applied)
-            share = update.average_share(before.step, decision.applied) if before.ema is not None else None
+            write = fused(before.step, decision.report.lr, decision.skipped)
+            share = update.average_share(before.step, decision.skipped) if before.ema is not None else None
             for piece in held.pieces:
                 write(piece.params, _scaled(piece.part(found.grads), decision.factor, piece.params), piece.opt)
                 if share is not None and piece.ema is not None:

@@ -154,8 +154,8 @@ def make_fused_adam(
     if any(callable(setting) for setting in (*betas, eps, weight_decay)):
         return None
 
-    def fused(step: Tensor, lr: Tensor, applied: Tensor) -> Callable[[Params, Params, AdamState], None]:
-        t, rate, skipped = (step + 1).float(), lr.float(), (~applied).float()
+    def fused(step: Tensor, lr: Tensor, skipped: Tensor) -> Callable[[Params, Params, AdamState], None]:
+        t, rate, found = (step + 1).float(), lr.float(), skipped.float()
 
         def write(params: Params, grads: Params, state: AdamState) -> None:
             for names, share in by_decay(params, cast(float, weight_decay), decay):
@@ -173,7 +173,7 @@ def make_fused_adam(
                     eps=eps,
                     amsgrad=False,
                     maximize=False,
-                    found_inf=skipped,
+                    found_inf=found,
                 )
 
         return write

@@ -82,9 +82,9 @@ def sgd(
             updates[name] = direction * -rate.to(direction.dtype)
         return updates, SGDState(momentum=buffers)
 
-    def fused(step: Tensor, lr: Tensor, applied: Tensor) -> Callable[[Params, Params, SGDState], None]:
+    def fused(step: Tensor, lr: Tensor, skipped: Tensor) -> Callable[[Params, Params, SGDState], None]:
         kernel: Any = torch._fused_sgd_
-        rate, skipped = lr.float(), (~applied).float()
+        rate, found = lr.float(), skipped.float()
 
         def write(params: Params, grads: Params, state: SGDState) -> None:
             for names, share in by_decay(params, cast(float, weight_decay), decay):
@@ -100,7 +100,7 @@ def sgd(
                     maximize=False,
                     is_first_step=False,
                     grad_scale=None,
-                    found_inf=skipped,
+                    found_inf=found,
                 )
 
         return write

@@ -45,8 +45,8 @@ Choose = Callable[[Predicate], Callable[[str, Tensor], Any]]
 
 
 Fused = Callable[[Tensor, Tensor, Tensor], Callable[[Params, Params, Any], None]]
-"""``(step, lr, applied) -> (params, grads, opt_state) -> None``: an update that is written into ``params`` and
-``opt_state``, or nothing where ``applied``, [] bool, is false; ``lr`` is what the Transform's own gives at ``step``.
+"""``(step, lr, skipped) -> (params, grads, opt_state) -> None``: an update that is written into ``params`` and
+``opt_state``, or nothing where ``skipped``, [] bool, is true; ``lr`` is what the Transform's own gives at ``step``.
 What it returns may be called for one part of the elements after another, which lie in memory alike in all that it is
 given. For steps that are not compiled, and parameters in float32 or less."""
 
