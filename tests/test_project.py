@@ -90,6 +90,20 @@ def test_import_loads_nothing_heavy(stand_ins: Path, torch_alone: set[str]) -> N
     assert heavy(loaded - torch_alone) == []
 
 
+RUN = """import torch, trainfn
+x = torch.ones(8, 1, 4, 8)
+class Attention(torch.nn.Linear):
+    def forward(self, x):
+        return super().forward(torch.nn.functional.scaled_dot_product_attention(x, x, x)).mean((1, 2))
+trainfn.fit(Attention(8, 2), (x, torch.zeros(8, dtype=torch.long)), loss="classification", max_steps=3, seed=0,
+            batch_size=4, optimizer=trainfn.optim.adamw(1e-3), progress=False, device="cpu", compile="eager")
+"""
+
+
+def test_a_run_in_eager_does_not_wait_for_the_compiler(stand_ins: Path) -> None:
+    assert "torch._dynamo" not in modules_after(RUN, stand_ins)
+
+
 def test_import_loads_nothing_heavy_control(stand_ins: Path, torch_alone: set[str]) -> None:
     program = "import torch, torch._dynamo\ntry:\n    import pandas\nexcept ImportError:\n    pass"
     found = heavy(modules_after(program, stand_ins) - torch_alone)

@@ -192,14 +192,13 @@ def make_apply(model: nn.Module) -> Apply:
         if not table or not table[0].are_up_to_date():
             table[:] = [_Places(model)]
 
-    refresh_once = torch.compiler.assume_constant_result(refresh)  # type: ignore[no-untyped-call]  # not traced
+    # Not traced. So says torch.compiler.assume_constant_result, which imports the compiler first, for 1 s.
+    refresh._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def apply(tensors: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if torch.compiler.is_compiling():
-            refresh_once()
-            return table[0].call_traced(tensors, args, kwargs)
         refresh()
-        return table[0].call(tensors, args, kwargs)
+        call = table[0].call_traced if torch.compiler.is_compiling() else table[0].call
+        return call(tensors, args, kwargs)
 
     return apply
 

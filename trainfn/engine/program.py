@@ -32,6 +32,7 @@ from trainfn.engine.cache import kept_programs
 from trainfn.engine.choice import SMALL
 from trainfn.engine.held import Held
 from trainfn.engine.layout import Layout, Packed
+from trainfn.engine.memory import collecting_young
 from trainfn.engine.scalars import scalars_first
 from trainfn.engine.sums import summed
 from trainfn.grad import Gradients, GradientsFn, fold, make_gradients_of, make_loss
@@ -75,7 +76,7 @@ def compiling(attention: str, backend: Any) -> Iterator[None]:
     tag = kept.cache_key_tag if attention == "auto" else f"{kept.cache_key_tag} attention={attention}"
     differentiating = config.patch(trace_autograd_ops=True, recompile_limit=MOST_PROGRAMS)
     keeping = kept_programs() if backend == "inductor" else nullcontext()
-    with keeping, differentiating, kept.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
+    with collecting_young(), keeping, differentiating, kept.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
         yield
 
 
