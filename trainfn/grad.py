@@ -113,8 +113,8 @@ def make_gradients(
     """Return ``(params, buffers, batch) -> Gradients``, by ``torch.autograd``.
 
     A trained parameter that the loss does not depend on has a gradient of zeros. Nothing given is written to: the
-    forward runs on copies of the buffers. Works under ``no_grad``, and inside one compiled program, where it
-    differentiates with respect to views of the parameters (which must require grad there, as ``init`` makes them).
+    forward runs on copies of the buffers. Works under ``no_grad``, and inside one compiled program, where the
+    parameters must require grad, as ``init`` makes them, or be views of what does.
     A loss scale is in the backward only: what is returned are the gradients themselves.
 
     Raises:
@@ -148,9 +148,11 @@ def make_gradients_of(apply: LossFn) -> GradientsFn:
     def gradients(params: Params, buffers: Buffers, batch: Batch, /, scale: LossScale | None = None) -> Gradients:
         is_program = torch.compiler.is_compiling()
         with torch.enable_grad(), nullcontext() if is_program else tensors_in_place():
-            views = {name: _differentiable(param, is_program) for name, param in params.items() if param.requires_grad}
+            trained = {
+                name: _differentiable(param, is_program) for name, param in params.items() if param.requires_grad
+            }
             fresh = {name: buffer.clone() for name, buffer in buffers.items()}
-            result = apply(params | views, fresh, batch)
+            result = apply(params | trained, fresh, batch)
             if not result.total.requires_grad:
                 raise ModelError(
                     "The loss does not depend on any trained parameter.",
@@ -159,8 +161,8 @@ def make_gradients_of(apply: LossFn) -> GradientsFn:
                     hint="look for no_grad, detach or .data in the model or the loss",
                 )
             unit = None if scale is None else backward_unit(scale, result.weight.detach()).to(result.total.dtype)
-            found = torch.autograd.grad(result.total, list(views.values()), grad_outputs=unit, allow_unused=True)
-        grads = _named(found, views)
+            found = torch.autograd.grad(result.total, list(trained.values()), grad_outputs=unit, allow_unused=True)
+        grads = _named(found, trained)
         if unit is not None:
             grads = {name: grad / unit.to(grad.dtype) for name, grad in grads.items()}
         return Gradients(
@@ -175,18 +177,16 @@ def make_gradients_of(apply: LossFn) -> GradientsFn:
 
 
 def _differentiable(param: Tensor, is_program: bool) -> Tensor:
-    # A program differentiates with respect to views of its inputs; what calls a program gives it leaves.
-    if is_program:
-        return param.view_as(param)
-    return param if param.is_leaf else param.detach().requires_grad_()
+    # A program differentiates with respect to what it is given, or views of it; what calls a program gives it leaves.
+    return param if is_program or param.is_leaf else param.detach().requires_grad_()
 
 
-def _named(found: Sequence[Tensor | None], views: Params) -> Params:
+def _named(found: Sequence[Tensor | None], trained: Params) -> Params:
     """Return gradients by name, detached; zeros where there is none."""
     grads, sparse = {}, []
-    for (name, view), grad in zip(views.items(), found, strict=True):
+    for (name, param), grad in zip(trained.items(), found, strict=True):
         if grad is None:
-            grad = torch.zeros_like(view)
+            grad = torch.zeros_like(param)
         elif grad.is_sparse:
             sparse.append(name)
         grads[name] = grad.detach() if grad.requires_grad else grad
