@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -73,6 +74,35 @@ def test_programs_with_other_vector_instructions_are_kept_apart(monkeypatch: pyt
     assert inside() != usual
     monkeypatch.delenv("ATEN_CPU_CAPABILITY")
     assert inside() == usual
+
+
+TRIALS = """
+import torch, torch._inductor.compile_fx
+from torch._inductor.cpu_vec_isa import VecISA
+trials = []
+VecISA.check_build = lambda isa, code: trials.append(str(isa)) or WORKS
+from trainfn.engine.cache import kept_programs
+with kept_programs():
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+    print(len(trials))
+    print(pick_vec_isa())
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="elsewhere there is one set of vector instructions")
+def test_vector_instructions_that_have_worked_are_not_tried_again() -> None:
+    def run(works: str) -> tuple[int, str]:
+        program = TRIALS.replace("WORKS", works)
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+        trials, chosen = done.stdout.splitlines()
+        return int(trials), chosen
+
+    none = run("False")
+    assert none[0] > 0
+    assert run("False") == none  # that they do not work, a busy machine may have said
+    first, again = run("True"), run("True")
+    assert first[1] == again[1] != none[1]
+    assert first[0] > again[0]
 
 
 @pytest.mark.slow

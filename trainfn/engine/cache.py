@@ -9,6 +9,8 @@ it is the user's own, and no run directory or checkpoint contains or names it.
 Within it there is one for each set of vector instructions. Which of them work, PyTorch finds out by a trial in each
 process, and does without them where that takes a minute, on a busy machine, or where ``ATEN_CPU_CAPABILITY`` says so;
 but its key to what it keeps does not hold them (2.13), and a program that was made with them does not build without.
+Where there is a directory for them, a trial has succeeded before, with this PyTorch on this kind of processor; another
+one would take a second.
 
 ``TORCHINDUCTOR_CACHE_DIR`` is respected; where the directory cannot be written to, it is PyTorch's after all.
 """
@@ -21,8 +23,9 @@ import os
 import platform
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -51,8 +54,9 @@ def kept_programs() -> Iterator[None]:
         return
     os.environ[_VARIABLE] = directory
     try:
-        os.environ[_VARIABLE] = _for_vectors(directory)
-        yield
+        os.environ[_VARIABLE] = str(_for_vectors(directory))
+        with _trusting_vectors():
+            yield
     finally:
         if before is None:
             os.environ.pop(_VARIABLE, None)
@@ -76,13 +80,32 @@ def user_directory() -> str | None:
     return str(directory) if is_own else None
 
 
-def _for_vectors(directory: str) -> str:
+def _for_vectors(directory: str) -> Path:
     """Return the directory in this one, made if it is not there, for programs with the instructions now in use."""
-    from torch._inductor.cpu_vec_isa import pick_vec_isa
+    from torch._inductor.cpu_vec_isa import pick_vec_isa, supported_vec_isa_list, valid_vec_isa_list
 
-    made = Path(directory, "-".join(str(pick_vec_isa()).lower().split()))
+    def chosen() -> Path:
+        return Path(directory, "-".join(str(pick_vec_isa()).lower().split()))
+
+    if not valid_vec_isa_list.cache_info().currsize:  # nobody has tried them in this process
+        with _trusting_vectors():
+            if (known := chosen()).is_dir():
+                return known
+        answers: list[Any] = [
+            kind.__dict__.get("__bool__") for isa in supported_vec_isa_list for kind in type(isa).__mro__
+        ]
+        for answer in (valid_vec_isa_list, *answers):  # they are remembered, and were given on trust
+            getattr(answer, "cache_clear", lambda: None)()
+    made = chosen()
     made.mkdir(mode=0o700, exist_ok=True)
-    return str(made)
+    return made
+
+
+def _trusting_vectors() -> AbstractContextManager[None]:
+    """Let PyTorch take vector instructions to work, unless the user has said whether they do."""
+    from torch._inductor import config
+
+    return config.patch({"cpp.vec_isa_ok": True}) if config.cpp.vec_isa_ok is None else nullcontext()
 
 
 @functools.cache
