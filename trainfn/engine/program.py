@@ -33,7 +33,7 @@ from trainfn.engine.choice import SMALL
 from trainfn.engine.held import Held
 from trainfn.engine.layout import Layout, Packed
 from trainfn.engine.memory import collecting_young
-from trainfn.engine.scalars import scalars_first
+from trainfn.engine.passes import passes
 from trainfn.engine.sums import summed
 from trainfn.grad import Gradients, GradientsFn, fold, make_gradients_of, make_loss
 from trainfn.precision import LossScale
@@ -226,7 +226,7 @@ def _compiled(fn: Callable[..., Any], form: _Tensors, backend: Any) -> Callable[
     own = types.FunctionType(fn.__code__.replace(), fn.__globals__, closure=fn.__closure__)
     options: dict[str, Any] = {"guard_filter_fn": _guards}
     if backend == "inductor":
-        options |= {"size_asserts": False, "cpp_wrapper": form.is_small, "post_grad_custom_post_pass": scalars_first()}
+        options |= {"size_asserts": False, "cpp_wrapper": form.is_small, "post_grad_custom_post_pass": passes()}
     compiled: Callable[..., Any] = torch.compile(own, fullgraph=True, dynamic=False, backend=backend, options=options)
     return compiled
 

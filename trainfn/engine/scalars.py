@@ -1,4 +1,4 @@
-"""Scalars computed once: a pass over compiled programs.
+"""Scalars computed once: a rewriting of compiled programs.
 
 Inductor puts what a 0-d tensor is computed from into the loop over the elements that it multiplies. Vectors are written
 in that loop, for all that a C++ compiler knows over the scalars it reads, so the whole computation runs anew for every
@@ -12,33 +12,20 @@ costs more than some arithmetic, nothing is changed.
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
 import torch
 from torch import Tensor
 
 
-@functools.cache
-def scalars_first() -> Any:
-    """Return the pass, for Inductor's option ``post_grad_custom_post_pass``."""
-    from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
-
-    class ScalarsFirst(CustomGraphPass):
-        def __call__(self, graph: torch.fx.Graph) -> None:
-            for node in list(graph.nodes):
-                if not _is_computed_scalar(node):
-                    continue
-                larger = [user for user in node.users if _has_dimensions(user)]
-                if larger:
-                    stored = _stored(graph, node)
-                    for user in larger:
-                        user.replace_input_with(node, stored)
-
-        def uuid(self) -> Any:
-            return get_hash_for_files((__file__,))
-
-    return ScalarsFirst()
+def store_scalars(graph: torch.fx.Graph) -> None:
+    """Have every 0-d tensor of the graph that something larger is computed from stored first."""
+    for node in list(graph.nodes):
+        if not _is_computed_scalar(node):
+            continue
+        larger = [user for user in node.users if _has_dimensions(user)]
+        if larger:
+            stored = _stored(graph, node)
+            for user in larger:
+                user.replace_input_with(node, stored)
 
 
 def _stored(graph: torch.fx.Graph, node: torch.fx.Node) -> torch.fx.Node:

@@ -1,6 +1,9 @@
-"""What multiplies every element is computed once, and not in the loop over the elements."""
+"""What is rewritten in a program: scalars are computed once and not in loops; small biases are added in loops."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -8,10 +11,12 @@ from torch import nn
 from torch._functorch import config as autograd_config
 from torch._inductor import config as inductor_config
 from torch._inductor.utils import run_and_get_code
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import trainfn
 import trainfn.engine.program
-from trainfn.engine.scalars import scalars_first
+from trainfn.engine.biases import add_biases_late
+from trainfn.engine.passes import passes
 from trainfn.state import TrainState
 
 
@@ -45,20 +50,53 @@ def compiled_step() -> tuple[TrainState, TrainState, str]:
     return eager, step(step(first, batch), batch), "\n".join(sources)
 
 
-def test_schedules_and_corrections_are_not_in_loops(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The control is Inductor by itself, which calls ``cos`` for every few parameters."""
+def test_schedules_and_corrections_are_not_in_loops_and_biases_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control is Inductor by itself, which calls ``cos`` for every few parameters, and ``addmm``."""
     monkeypatch.setattr(trainfn.engine.program, "SMALL", 0)  # a wrapper in Python is compiled sooner
     eager, found, source = compiled_step()
     assert "std::cos" in source
     assert "std::expm1" in source
     assert calls_in_loops(source, "std::cos") == calls_in_loops(source, "std::expm1") == 0
+    assert "addmm" not in source
     for name, param in eager.params.items():
         torch.testing.assert_close(found.params[name], param)
         torch.testing.assert_close(found.ema[name], eager.ema[name])  # type: ignore[index]
 
-    monkeypatch.setattr(trainfn.engine.program, "scalars_first", lambda: None)
+    monkeypatch.setattr(trainfn.engine.program, "passes", lambda: None)
     source = compiled_step()[2]
     assert calls_in_loops(source, "std::cos") > 0
+    assert "addmm" in source
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return torch.addmm(bias, x, weight)
+
+
+@pytest.mark.parametrize(
+    ("fn", "rows", "dtype", "left"),
+    [
+        (lambda *given: linear(*given).tanh(), 4, torch.float32, 0),
+        (lambda *given: linear(*given).view(2, -1).sum([1]), 4, torch.float64, 0),
+        (lambda *given: (linear(*given).exp(), linear(*given).permute(1, 0).neg()), 4, torch.float32, 0),
+        (lambda *given: linear(*given), 4, torch.float32, 1),  # the caller reads it
+        (lambda *given: linear(*given) @ given[1], 4, torch.float32, 1),  # another product does
+        (lambda *given: (y := linear(*given)).tanh() @ y.view(8, -1), 4, torch.float32, 1),  # does, too
+        (lambda *given: torch.addmm(given[2], *given[:2], beta=0.5).tanh(), 4, torch.float32, 1),
+        (lambda *given: linear(*given).tanh(), 4, torch.bfloat16, 1),
+        (lambda *given: linear(*given).tanh(), 2**16, torch.float32, 1),
+    ],
+)
+def test_a_bias_is_added_where_its_sum_is_read(
+    fn: Callable[..., Any], rows: int, dtype: torch.dtype, left: int
+) -> None:
+    torch.manual_seed(0)
+    given = [torch.randn(rows, 8, dtype=dtype), torch.randn(8, 8, dtype=dtype), torch.randn(8, dtype=dtype)]
+    made = make_fx(fn, tracing_mode="fake")(*given)
+    add_biases_late(made.graph)
+    made.graph.lint()
+    made.recompile()
+    assert sum(node.target is torch.ops.aten.addmm.default for node in made.graph.nodes) == left
+    torch.testing.assert_close(made(*given), fn(*given))
 
 
 def test_a_view_of_a_scalar_among_others_is_read_where_it_is() -> None:
@@ -68,5 +106,5 @@ def test_a_view_of_a_scalar_among_others_is_read_where_it_is() -> None:
         return x * counts[2].to(torch.float64).to(x.dtype) + counts[1].clone()
 
     counts, x = torch.tensor([3.0, 5.0, 7.0], dtype=torch.float64), torch.arange(4.0)
-    options = {"post_grad_custom_post_pass": scalars_first()}
+    options = {"post_grad_custom_post_pass": passes()}
     assert torch.equal(torch.compile(scaled, fullgraph=True, options=options)(counts, x), scaled(counts, x))

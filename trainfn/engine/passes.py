@@ -1,0 +1,26 @@
+"""What is rewritten in compiled programs before Inductor makes code of them."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from trainfn.engine import biases, scalars
+
+
+@functools.cache
+def passes() -> Any:
+    """Return the pass, for Inductor's option ``post_grad_custom_post_pass``."""
+    from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+
+    class Passes(CustomGraphPass):
+        def __call__(self, graph: torch.fx.Graph) -> None:
+            biases.add_biases_late(graph)
+            scalars.store_scalars(graph)
+
+        def uuid(self) -> Any:
+            return get_hash_for_files((biases.__file__, scalars.__file__))
+
+    return Passes()
