@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import attrs
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import trainfn
 from tests.strategies import LmRecipe, MlpRecipe, Setup, torch_warns_of_itself
@@ -22,8 +21,8 @@ from trainfn.engine.choice import Mode
 from trainfn.engine.compile import CompiledStep
 from trainfn.engine.cudagraph import Capturing, make_capturing
 from trainfn.errors import CompileError, ConfigError
-from trainfn.optim import adamw, sgd
-from trainfn.state import Report, TrainState
+from trainfn.optim import adamw
+from trainfn.state import TrainState
 from trainfn.tree import digest, named_leaves
 
 pytestmark = [
@@ -185,13 +184,6 @@ def test_the_global_generator_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> N
     before = torch.get_rng_state()
     run(monkeypatch, SETUPS["all"], "graph", StandIn())
     assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_a_report_goes_through_one_row_bit_by_bit() -> None:
-    report = attrs.evolve(trainfn.init(nn.Linear(2, 2), sgd(0.1)).report, verdict=torch.tensor(5))
-    same = Report.of(report.row)
-    assert digest(same) == digest(report)
-    assert same.verdict.dtype == torch.int64
 
 
 # --- auto -------------------------------------------------------------------------------------------------------------

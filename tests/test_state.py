@@ -14,8 +14,8 @@ import trainfn
 from tests.strategies import LmRecipe, MlpRecipe, Recipe, language_models, mlps
 from trainfn.errors import ConfigError, ModelError, TrainfnError
 from trainfn.optim import adamw, sgd
-from trainfn.state import trainable
-from trainfn.tree import digest, named_leaves
+from trainfn.state import Report, trainable
+from trainfn.tree import digest, evolve, named_leaves
 
 
 @settings(max_examples=40)
@@ -106,3 +106,10 @@ def test_device_moves_the_state_and_not_the_model() -> None:
     state = trainfn.init(model, adamw(), device="meta")
     assert {leaf.device.type for _, leaf in named_leaves(state) if isinstance(leaf, torch.Tensor)} == {"meta"}
     assert model.weight.device.type == "cpu"
+
+
+def test_a_report_goes_through_one_row_bit_by_bit() -> None:
+    report = evolve(trainfn.init(nn.Linear(2, 2), sgd(0.1)).report, verdict=torch.tensor(5))
+    same = Report.of(report.row)
+    assert digest(same) == digest(report)
+    assert same.verdict.dtype == torch.int64

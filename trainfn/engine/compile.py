@@ -37,7 +37,6 @@ from trainfn.tree import Tree, describe, evolve, named_leaves
 
 _MOST_COPIED = 2**16  # elements: uncompiled, gradients of larger tensors cost more to join than a call of a kernel does
 _MOST_SHAPES = 4  # of a batch, that programs are compiled for, up to a minute each: more is no habit that ends
-_NEW: Any = object()  # of a batch's shape
 _MOST_SURPRISES = 3  # programs compiled again for no new shape, before that is taken as a habit
 
 
@@ -187,11 +186,7 @@ class CompiledStep:
         if self.mode == "eager":
             return self._eager_run(state, held, batch)
         key = _signature(batch)
-        draws = form.draws.get(key, _NEW)
-        report = None if draws is _NEW else self._known_run(state, held, batch, key, draws)
-        if report is not None:
-            return report
-        if draws is _NEW and len(form.draws) >= _MOST_SHAPES:
+        if key not in form.draws and len(form.draws) >= _MOST_SHAPES:
             is_news, found = form.eager is None, self._eager_run(state, held, batch)
             if is_news:
                 shapes = "; ".join([*form.shapes, describe(batch)])
@@ -202,7 +197,8 @@ class CompiledStep:
                 )
                 warnings.warn(text, CompileWarning, stacklevel=4)
             return found
-        return self._first_run(state, held, batch, key)
+        report = self._known_run(state, held, batch, key) if key in form.draws else None
+        return self._first_run(state, held, batch, key) if report is None else report
 
     def _eager_run(self, state: TrainState, held: _Held, batch: Batch) -> Report:
         form = held.form
@@ -226,13 +222,12 @@ class CompiledStep:
             self._forms[key] = _Form(self, Layout(state, self.step.optimizer, most=most))
         return _Held(self._forms[key], self._forms[key].layout.pack(state))
 
-    def _known_run(
-        self, state: TrainState, held: _Held, batch: Batch, key: Hashable, draws: bool | None
-    ) -> Report | None:
+    def _known_run(self, state: TrainState, held: _Held, batch: Batch, key: Hashable) -> Report | None:
         """Run a program that has been compiled for such a batch. None: it has to be compiled again."""
         form = held.form
         assert form.program is not None
         try:
+            draws = form.draws[key]
             if draws is not None:
                 with surroundings(self.step.model, state, training=True, draws=draws), self._unchanged():
                     if self._capturing is not None:
@@ -370,10 +365,8 @@ class _ConsumedState(TrainState):
 
 def _signature(tree: Tree) -> Hashable:
     return tuple(
-        [
-            (name, leaf.shape, leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad)
-            if isinstance(leaf, Tensor)
-            else (name, leaf)
-            for name, leaf in named_leaves(tree)
-        ]
+        (name, leaf.shape, leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad)
+        if isinstance(leaf, Tensor)
+        else (name, leaf)
+        for name, leaf in named_leaves(tree)
     )

@@ -21,6 +21,6 @@ def passes() -> Any:
             scalars.store_scalars(graph)
 
         def uuid(self) -> Any:
-            return get_hash_for_files((biases.__file__, scalars.__file__))
+            return get_hash_for_files((__file__, biases.__file__, scalars.__file__))
 
     return Passes()
