@@ -19,8 +19,9 @@ import difflib
 import inspect
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from itertools import chain
+from operator import is_
 from typing import Any
 
 import torch
@@ -210,7 +211,6 @@ class _Places:
         names = [*model.named_parameters(), *model.named_buffers()]
         called = {id(tensor): name for name, tensor in names}
         modules = list(model.modules())
-        homes: list[dict[str, Any]] = [home for each in modules for home in (each._parameters, each._buffers)]
         self._model = model
         self._rooms = [
             (module, kind, key, called[id(tensor)])
@@ -221,18 +221,21 @@ class _Places:
         ]
         rooms = [(getattr(module, kind), key, name) for module, kind, key, name in self._rooms]
         self._places = [(home, key, name, home[key]) for home, key, name in rooms]
-        self._found = [(home, key, tensor) for home in homes for key, tensor in home.items()]
-        self._children = [(module._modules, dict(module._modules)) for module in modules]
-        self._homes, self._sizes = homes, [len(home) for home in homes]
+        homes: list[dict[str, Any]] = [
+            home for each in modules for home in (each._parameters, each._buffers, each._modules)
+        ]
+        self._empty, self._homes = [home for home in homes if not home], [home for home in homes if home]
+        self._sizes = list(map(len, self._homes))
+        self._keys = list(chain.from_iterable(self._homes))
+        self._values = list(chain.from_iterable(map(dict.values, self._homes)))
 
     def are_up_to_date(self) -> bool:
-        for home, key, tensor in self._found:  # at every call, so in few words
-            if home.get(key) is not tensor:
-                return False
-        for now, then in self._children:
-            if now != then:
-                return False
-        return list(map(len, self._homes)) == self._sizes
+        return (  # at every call, so without a loop in Python
+            not any(self._empty)
+            and list(map(len, self._homes)) == self._sizes
+            and list(chain.from_iterable(self._homes)) == self._keys
+            and all(map(is_, chain.from_iterable(map(dict.values, self._homes)), self._values))
+        )
 
     def call(self, tensors: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = dict(tensors)
@@ -282,15 +285,15 @@ class _Held(threading.local):
 _held = _Held()
 
 
-@contextmanager
-def tensors_in_place() -> Iterator[None]:
+class tensors_in_place:
     """Leave the tensors of what is applied inside where they are until the end, when the model's own come back.
 
     A model that recomputes activations (``torch.utils.checkpoint``) reads its tensors in the backward once more.
     """
-    _held.stack.append([])
-    try:
-        yield
-    finally:
+
+    def __enter__(self) -> None:
+        _held.stack.append([])
+
+    def __exit__(self, *_: object) -> None:
         for put_back in reversed(_held.stack.pop()):
             put_back()

@@ -148,8 +148,11 @@ def make_gradients_of(apply: LossFn) -> GradientsFn:
     def gradients(params: Params, buffers: Buffers, batch: Batch, /, scale: LossScale | None = None) -> Gradients:
         is_program = torch.compiler.is_compiling()
         with torch.enable_grad(), nullcontext() if is_program else tensors_in_place():
+            # A program differentiates with respect to what it is given, or views of it; its caller gives it leaves.
             trained = {
-                name: _differentiable(param, is_program) for name, param in params.items() if param.requires_grad
+                name: param if is_program or param.is_leaf else param.detach().requires_grad_()
+                for name, param in params.items()
+                if param.requires_grad
             }
             fresh = {name: buffer.clone() for name, buffer in buffers.items()}
             result = apply(params | trained, fresh, batch)
@@ -174,11 +177,6 @@ def make_gradients_of(apply: LossFn) -> GradientsFn:
         )
 
     return gradients
-
-
-def _differentiable(param: Tensor, is_program: bool) -> Tensor:
-    # A program differentiates with respect to what it is given, or views of it; what calls a program gives it leaves.
-    return param if is_program or param.is_leaf else param.detach().requires_grad_()
 
 
 def _named(found: Sequence[Tensor | None], trained: Params) -> Params:

@@ -115,7 +115,7 @@ def judge(total: Tensor, weight: Tensor, grad_norm: Tensor, scale: LossScale | N
     Args:
         total: summed loss, [].
         weight: what it is a sum over, [].
-        grad_norm: norm of the summed gradients, [], finite exactly when every element is.
+        grad_norm: norm of the summed gradients, [], >= 0 and finite exactly when every element is.
         scale: the loss scale of the backward, if there was one: a gradient that is not finite is then an overflow,
             until the scale is down to 1 and cannot be the reason.
 
@@ -127,8 +127,8 @@ def judge(total: Tensor, weight: Tensor, grad_norm: Tensor, scale: LossScale | N
         infinite = torch.where(scale.factor > 1.0, int(Verdict.OVERFLOW), infinite)
     verdict = torch.zeros_like(weight, dtype=torch.int64)  # OK
     verdict = verdict.masked_fill(weight <= 0, int(Verdict.EMPTY))
-    verdict = torch.where(grad_norm.abs() < torch.inf, verdict, infinite)  # for NaN, too, no comparison holds
-    is_finite = torch.maximum(total.abs(), weight.abs()) < torch.inf
+    verdict = torch.where(grad_norm < torch.inf, verdict, infinite)  # for NaN, too, no comparison holds
+    is_finite = (total - weight).abs() < torch.inf  # of two infinities of one sign, too, it is not
     return torch.where(is_finite, verdict, int(Verdict.NON_FINITE_LOSS))
 
 
@@ -174,7 +174,7 @@ def judge_spike(
 def track(
     health: Health,
     verdict: Tensor,
-    applied: Tensor,
+    skipped: Tensor,
     baseline: Baseline,
     *,
     halt_after: int | None = None,
@@ -185,19 +185,19 @@ def track(
     Args:
         health: before it.
         verdict: on it, [] int64.
-        applied: whether it was applied, [] bool.
+        skipped: whether it was not applied, [] bool.
         baseline: with it.
         halt_after: length of the streak at which the run has to stop; None for never.
         on_spike: ``"halt"`` if it has to stop at a spike.
 
     >>> zero, none, no = torch.tensor(0), torch.zeros(3), torch.tensor(False)
     >>> baseline = Baseline(mean=none, spread=none, last=none, count=none, lasting=zero)
-    >>> after = track(Health(streak=zero, halted=no, baseline=baseline), torch.tensor(4), no, baseline, halt_after=1)
+    >>> after = track(Health(streak=zero, halted=no, baseline=baseline), torch.tensor(4), ~no, baseline, halt_after=1)
     >>> after.streak, after.halted
     (tensor(1), tensor(True))
     """
-    bad = (verdict == int(Verdict.NON_FINITE_LOSS)) | (verdict == int(Verdict.NON_FINITE_GRADIENT))
-    streak, halted = (health.streak + bad).masked_fill(applied, 0), health.halted
+    bad = skipped & (verdict <= int(Verdict.NON_FINITE_GRADIENT))
+    streak, halted = (health.streak + bad) * skipped, health.halted
     if halt_after is not None:
         halted = halted | (bad & (streak >= halt_after))
     if on_spike == "halt":

@@ -42,7 +42,7 @@ from trainfn.errors import CompileError, DataError, ModelError, TrainfnError
 from trainfn.grad import LossFn
 from trainfn.loss.base import LossSum, check_count
 from trainfn.state import Buffers, Params, trainable
-from trainfn.tree import Tree, batch_length, describe, map_leaves, record
+from trainfn.tree import Tree, batch_length, describe, map_leaves, record, wide_float
 
 _MOST_PROGRAMS = 64  # batch shapes for which a program is kept
 _BUG = "https://github.com/pytorch/pytorch/issues/193279"
@@ -379,7 +379,7 @@ def _functions(loss: LossFn, params: Params, buffers: Buffers, batch: Batch) -> 
 
 def _sums(part: SampleGradients) -> Tree:
     """Return the sums of 1, w, w^2, |g|^2, g and w g over the examples that count, float64."""
-    wide = _wide(part.weight)
+    wide = wide_float(part.weight)
     counts = part.weight > 0  # by selection: 0 times an infinite gradient would be NaN
     weight = torch.where(counts, part.weight.to(wide), 0.0)
     squares, first, second = torch.where(counts, _squares(part), 0.0), {}, {}
@@ -392,8 +392,4 @@ def _sums(part: SampleGradients) -> Tree:
 def _squares(part: SampleGradients) -> Tensor:
     """Return the squared 2-norm of each example's gradient, [B] float64; no copy of the gradients is made."""
     rows = [each.reshape(each.shape[0], -1) for each in part.grads.values()]  # (B, P)
-    return torch.stack([torch.linalg.vector_norm(each, dim=1, dtype=_wide(each)) for each in rows]).square().sum(0)
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.float32 if tensor.device.type == "mps" else torch.float64
+    return torch.stack([torch.linalg.vector_norm(each, dim=1, dtype=wide_float(each)) for each in rows]).square().sum(0)

@@ -205,8 +205,8 @@ def surroundings(
 
     With ``draws=False`` the generators are left alone: what is known to draw nothing has no use for them.
     """
-    if not draws and model.training == training == torch.is_grad_enabled():
-        return _AS_IT_IS
+    if model.training == training == torch.is_grad_enabled():
+        return _seeded(state) if draws else _AS_IT_IS
     return _surroundings(model, state, training=training, draws=draws)
 
 
@@ -251,16 +251,17 @@ def _mode(model: nn.Module, training: bool) -> Iterator[None]:
             module.training = mode
 
 
-@contextmanager
-def _seeded(state: TrainState) -> Iterator[None]:
-    used = generators(state)
-    before = [generator.get_state() for generator in used]
-    for generator in used:
-        generator.manual_seed(_mix(state.seed, state.cursor))
-    try:
-        yield
-    finally:
-        for generator, old in zip(used, before, strict=True):
+class _seeded:
+    def __init__(self, state: TrainState) -> None:
+        self._used, self._seed = generators(state), _mix(state.seed, state.cursor)
+
+    def __enter__(self) -> None:
+        self._before = [generator.get_state() for generator in self._used]
+        for generator in self._used:
+            generator.manual_seed(self._seed)
+
+    def __exit__(self, *_: object) -> None:
+        for generator, old in zip(self._used, self._before, strict=True):
             generator.set_state(old)
 
 

@@ -107,7 +107,9 @@ def leaves(tree: Tree) -> list[Any]:
     >>> leaves({"a": {"w": 1}, "b": (2, None)})
     [1, 2]
     """
-    return [leaf for _, leaf in named_leaves(tree)]
+    found: list[Any] = []
+    _gather(tree, found)
+    return found
 
 
 def map_named(fn: Callable[[str, Any], Any], tree: T, prefix: str = "") -> T:
@@ -214,12 +216,12 @@ def leaf_norms(tree: Tree) -> Tensor:
     >>> leaf_norms({"a": torch.tensor([3.0, 4.0]), "b": torch.zeros(2)})
     tensor([5., 0.], dtype=torch.float64)
     """
-    leaves = [leaf for _, leaf in named_leaves(tree)]
-    if not leaves:
+    found = leaves(tree)
+    if not found:
         return torch.zeros(0, dtype=torch.float64)
-    if any(_is_traced(leaf) or leaf.device.type != "cpu" or _is_fast(leaf) for leaf in leaves):
-        return torch.stack([_norm(leaf) for leaf in leaves])
-    return torch.stack(torch._foreach_norm(leaves, 2, dtype=torch.float64))
+    if any(_is_traced(leaf) or leaf.device.type != "cpu" or _is_fast(leaf) for leaf in found):
+        return torch.stack([_norm(leaf) for leaf in found])
+    return torch.stack(torch._foreach_norm(found, 2, dtype=torch.float64))
 
 
 def row_norms(rows: Tensor) -> Tensor:
@@ -231,7 +233,7 @@ def row_norms(rows: Tensor) -> Tensor:
     count, length = rows.shape
     short = length if length <= _ROW else math.gcd(length, _ROW)
     if not _is_fast(rows) or short < 16:
-        return cast(Tensor, torch.linalg.vector_norm(rows, dim=1, dtype=_wide(rows)))
+        return cast(Tensor, torch.linalg.vector_norm(rows, dim=1, dtype=wide_float(rows)))
     norms = _float32_norms(rows.reshape(-1, short)).view(count, -1)
     return cast(Tensor, torch.linalg.vector_norm(norms, dim=1))
 
@@ -243,6 +245,15 @@ def widened(values: Tensor) -> Tensor:
     tensor([1., 1.])
     """
     return values if values.dtype == torch.float64 else values.float()
+
+
+def wide_float(like: Tensor) -> torch.dtype:
+    """Return float64, or float32 where the tensor's device has none.
+
+    >>> wide_float(torch.ones(1))
+    torch.float64
+    """
+    return torch.float32 if like.device.type == "mps" else torch.float64
 
 
 def batch_length(batch: Tree) -> int:
@@ -313,7 +324,7 @@ def digest(tree: Tree) -> str:
 
 def _norm(leaf: Tensor) -> Tensor:
     if not _is_fast(leaf):
-        return cast(Tensor, torch.linalg.vector_norm(leaf, dtype=_wide(leaf)))
+        return cast(Tensor, torch.linalg.vector_norm(leaf, dtype=wide_float(leaf)))
     flat = leaf.reshape(-1)
     whole = flat.numel() // _ROW * _ROW
     rest = torch.linalg.vector_norm(flat[whole:], dtype=torch.float64)
@@ -349,10 +360,6 @@ def _float32_norms(rows: Tensor) -> Tensor:
     return found
 
 
-def _wide(values: Tensor) -> torch.dtype:
-    return torch.float32 if values.device.type == "mps" else torch.float64
-
-
 def _make_init(cls: type) -> Callable[..., None]:
     """Write ``__init__(self, *, field, ...)`` out as source, as attrs and dataclasses do, so that it can be traced."""
     fields = attrs.fields(cls)
@@ -383,6 +390,14 @@ def _rebuild(node: Any, children: list[Any]) -> Any:
     if isinstance(node, (list, tuple)):
         return type(node)(*children) if hasattr(node, "_fields") else type(node)(children)
     return type(node)(**dict(zip(node.__record_fields__, children, strict=True)))
+
+
+def _gather(tree: Tree, found: list[Any]) -> None:
+    if _is_node(tree):
+        for _, child in _children(tree):
+            _gather(child, found)
+    elif tree is not None:
+        found.append(tree)
 
 
 def _note(tree: Tree, name: str, found: list[tuple[str, Any]]) -> None:

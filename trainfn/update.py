@@ -17,7 +17,7 @@ from trainfn.grad import Gradients
 from trainfn.health import OnSpike, Verdict, add_up, is_applied, judge, judge_spike, track
 from trainfn.optim import Transform
 from trainfn.optim.clip import clip_factor
-from trainfn.optim.moments import one_minus_power
+from trainfn.optim.moments import power_minus_one
 from trainfn.optim.transform import wide
 from trainfn.precision import LossScale, next_scale
 from trainfn.state import Baseline, Params, Report, TrainState, trainable
@@ -122,19 +122,19 @@ class Update:
 
     def counted(self, state: TrainState, found: Gradients, decision: Decision) -> dict[str, Tree]:
         """Return the fields of a state that count and judge, after the step: step, loss scale, health, statistics."""
-        verdict, applied = decision.verdict, decision.applied
+        verdict, skipped = decision.verdict, decision.skipped
         return {
-            "step": state.step + applied,
+            "step": state.step + decision.applied,
             "scale": _rescale(state.scale, verdict),
             "health": track(
                 state.health,
                 verdict,
-                applied,
+                skipped,
                 decision.baseline,
                 halt_after=self.halt_after,
                 on_spike=self.on_spike,
             ),
-            "stats": add_up(state.stats, verdict, decision.skipped, decision.report.weight, found.micro_batches),
+            "stats": add_up(state.stats, verdict, skipped, decision.report.weight, found.micro_batches),
         }
 
     def average_share(self, step: Tensor, skipped: Tensor) -> Tensor:
@@ -145,7 +145,7 @@ class Update:
         -0.0 and not 0.0, because an average of -0.0 plus 0.0 is 0.0, another bit pattern.
         """
         assert self.ema is not None
-        share = (1.0 - self.ema) / one_minus_power(self.ema, wide(step) + 1.0)
+        share = (self.ema - 1.0) / power_minus_one(self.ema, wide(step) + 1.0)
         return share.masked_fill(skipped, -0.0)
 
     def _averaged(self, state: TrainState, new: Params, decision: Decision) -> Params | None:

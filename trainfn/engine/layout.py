@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping
+from operator import itemgetter
 from typing import Any
 
 import attrs
@@ -70,6 +71,16 @@ class Pack:
     """Leaves that share a buffer, called like the first of them. A pack of one has the shape of its leaf."""
 
     slots: tuple[Slot, ...]
+    _gaps: set[int] = attrs.field(init=False, repr=False)  # their sizes, of which few differ
+    _pieces: list[str | int] = attrs.field(init=False, repr=False)  # names of leaves and sizes of gaps, in order
+
+    @_gaps.default
+    def _found_gaps(self) -> set[int]:
+        return {slot.gap for slot in self.slots if slot.gap}
+
+    @_pieces.default
+    def _found_pieces(self) -> list[str | int]:
+        return [piece for slot in self.slots for piece in (slot.name, slot.gap) if piece != 0]
 
     @property
     def name(self) -> str:
@@ -90,17 +101,11 @@ class Pack:
         """Return the pack of these leaves, in new memory if they are several; zeros fill the room between them."""
         if len(self.slots) == 1:
             return leaves[self.name]
-        pieces = []
-        zeros: dict[int, Tensor] = {}  # few gaps differ
-        for slot in self.slots:
-            leaf = leaves[slot.name]
-            pieces.append(leaf)
-            if slot.gap:
-                if slot.gap not in zeros:
-                    zeros[slot.gap] = leaf.new_zeros(slot.gap)
-                pieces.append(zeros[slot.gap])
+        first = leaves[self.name]
+        zeros = {gap: first.new_zeros(gap) for gap in self._gaps}
         flatten: Callable[..., Tensor] = torch._utils._flatten_dense_tensors
-        return flatten(pieces)  # reshapes and joins them, by one call from Python
+        # Looked up, reshaped and joined by two calls from Python, however many there are.
+        return flatten(itemgetter(*self._pieces)({**leaves, **zeros}))
 
 
 def counters(state: TrainState) -> dict[str, Tree]:
@@ -217,7 +222,7 @@ class Layout:
 
     def joined_buffers(self, found: Gradients) -> Gradients:
         """Return gradients that are in packs with their buffers in packs, too."""
-        return evolve(found, buffers=_joined(self._buffers, found.buffers))
+        return evolve(found, buffers=_joined(self._buffers, found.buffers)) if self._buffers else found
 
     def norms(self, packs: Params) -> Tensor:
         """Return the 2-norm of each gradient in packs, [trained parameters] float64, in the state's order."""

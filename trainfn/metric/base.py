@@ -19,7 +19,7 @@ from torch import Tensor
 from trainfn.batch import Batch
 from trainfn.errors import ConfigError
 from trainfn.loss.reading import Reading, check_pooling, labelled_rows
-from trainfn.tree import record
+from trainfn.tree import record, wide_float
 
 _HELD = 2**24
 """Logits that are looked at together: 64 MiB in float32, so that no float32 copy of all logits is made."""
@@ -124,15 +124,6 @@ def summed(values: Tensor, dim: int = 0) -> Tensor:
     (tensor(0.7500, dtype=torch.float64), tensor(2))
     """
     return values.sum(dim, dtype=wide_float(values) if values.dtype.is_floating_point else torch.int64)
-
-
-def wide_float(like: Tensor) -> torch.dtype:
-    """Return float64, or float32 where the tensor's device has none.
-
-    >>> wide_float(torch.ones(1))
-    torch.float64
-    """
-    return torch.float32 if like.device.type == "mps" else torch.float64
 
 
 def means(found: MetricSum) -> Tensor:

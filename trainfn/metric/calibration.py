@@ -19,8 +19,8 @@ from torch import Tensor
 
 from trainfn.loss.base import check_count
 from trainfn.loss.reading import Pooling, Reading
-from trainfn.metric.base import Metric, MetricSum, best, means, over_rows, summed, wide_float
-from trainfn.tree import widened
+from trainfn.metric.base import Metric, MetricSum, best, means, over_rows, summed
+from trainfn.tree import wide_float, widened
 
 
 def confidence(*, ignore_index: int = -100, shift: bool = False, pooling: Pooling | None = None) -> Metric:

@@ -19,7 +19,8 @@ from torch import Tensor
 from trainfn.batch import Batch
 from trainfn.loss.base import check_number
 from trainfn.loss.regression import predicted_and_wanted
-from trainfn.metric.base import Measure, Metric, MetricSum, means, summed, wide_float
+from trainfn.metric.base import Measure, Metric, MetricSum, means, summed
+from trainfn.tree import wide_float
 
 
 def mean_absolute_error() -> Metric:

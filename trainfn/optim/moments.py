@@ -137,7 +137,12 @@ def power(base: float, t: Tensor) -> Tensor:
 
 def one_minus_power(base: float, t: Tensor) -> Tensor:
     """Return ``1 - base^t``, which corrects the bias of a running mean that began at 0."""
-    return -torch.expm1(t * math.log(base)) if base > 0.0 else torch.ones_like(t)
+    return -power_minus_one(base, t)
+
+
+def power_minus_one(base: float, t: Tensor) -> Tensor:
+    """Return ``base^t - 1`` for a base >= 0 and t > 0, with all digits where it is small."""
+    return torch.expm1(t * math.log(base)) if base > 0.0 else torch.full_like(t, -1.0)
 
 
 def make_fused_adam(

@@ -20,6 +20,7 @@ from torch import Tensor
 from trainfn.errors import ConfigError
 from trainfn.optim.settings import COUNT, NON_NEGATIVE, POSITIVE, POSITIVE_COUNT, call, check
 from trainfn.optim.transform import Hyper, Schedule, scheduled, wide
+from trainfn.tree import wide_float
 
 
 class Named:
@@ -45,7 +46,7 @@ def constant(value: float) -> Schedule:
     0.25
     """
     check("constant", {"value": (value, NON_NEGATIVE)})
-    return Named(lambda step: torch.full_like(wide(step), value), call("constant", value))
+    return Named(lambda step: torch.full_like(step, value, dtype=wide_float(step)), call("constant", value))
 
 
 def linear(start: float, end: float, *, total: int) -> Schedule:

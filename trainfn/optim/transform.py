@@ -22,7 +22,7 @@ from torch import Tensor
 
 from trainfn.errors import ConfigError
 from trainfn.state import Params
-from trainfn.tree import Tree
+from trainfn.tree import Tree, wide_float
 
 Schedule = Callable[[Tensor], Tensor]
 """From updates applied, [] int64, to a hyper-parameter, [] float64. A pure function."""
@@ -208,7 +208,7 @@ def scheduled(schedule: Callable[[Tensor], Any], step: Tensor) -> Tensor:
     if isinstance(value, Tensor) and value.ndim == 0:
         return value
     if isinstance(value, (int, float)):
-        return torch.full_like(wide(step), value)
+        return torch.full_like(step, value, dtype=wide_float(step))
     raise ConfigError(
         "A schedule gives something that is no number.",
         where=getattr(schedule, "__qualname__", None) or repr(schedule),
