@@ -15,9 +15,10 @@ from torch import Tensor
 import trainfn
 from tests.strategies import MlpRecipe, Recipe, float32_or_64, language_models, mlps, relative_error
 from trainfn.errors import ConfigError
+from trainfn.norms import norm
 from trainfn.optim import Transform, adamw, chain, clip_by_global_norm, constant, sgd, warmup_cosine
 from trainfn.state import Params
-from trainfn.tree import digest, norm
+from trainfn.tree import digest
 
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
 STEPS = 50

@@ -32,6 +32,7 @@ from tests.strategies import (
 from trainfn.errors import CompileError, ConfigError, DataError, ModelError
 from trainfn.grad import LossFn, make_gradients, make_loss
 from trainfn.loss import LossSum, resolve
+from trainfn.norms import norm
 from trainfn.per_sample import (
     NoiseScale,
     compile_samples,
@@ -41,7 +42,7 @@ from trainfn.per_sample import (
     per_sample_norms,
 )
 from trainfn.state import Params
-from trainfn.tree import digest, norm
+from trainfn.tree import digest
 
 double = st.just(torch.float64)
 

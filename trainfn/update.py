@@ -15,13 +15,14 @@ from torch import Tensor
 from trainfn.errors import ConfigError
 from trainfn.grad import Gradients
 from trainfn.health import OnSpike, Verdict, add_up, is_applied, judge, judge_spike, track
+from trainfn.norms import leaf_norms
 from trainfn.optim import Transform
 from trainfn.optim.clip import clip_factor
 from trainfn.optim.moments import power_minus_one
 from trainfn.optim.transform import wide
 from trainfn.precision import LossScale, next_scale
 from trainfn.state import Baseline, Params, Report, TrainState, trainable
-from trainfn.tree import Tree, evolve, leaf_norms, record, select
+from trainfn.tree import Tree, evolve, record, select
 
 
 @record

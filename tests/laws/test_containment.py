@@ -29,10 +29,11 @@ from tests.strategies import (
 from trainfn.engine.choice import Mode
 from trainfn.health import Verdict, judge
 from trainfn.loss import LossSum
+from trainfn.norms import norm
 from trainfn.optim import adamw, sgd, warmup_cosine
 from trainfn.precision import LossScale
 from trainfn.state import TrainState
-from trainfn.tree import digest, norm
+from trainfn.tree import digest
 
 pytestmark = torch_warns_of_itself
 

@@ -22,9 +22,10 @@ from trainfn.batch import Batch, micro_batches
 from trainfn.diagnose.diagnosis import Cause, Diagnosis, Part, Spoilt
 from trainfn.diagnose.replay import Key, Replay, bad_elements, is_finite, replay
 from trainfn.grad import merge
+from trainfn.norms import leaf_norms
 from trainfn.state import TrainState
 from trainfn.step import Step, generators, surroundings
-from trainfn.tree import leaf_norms, named_leaves
+from trainfn.tree import named_leaves
 
 _MOST_MENDED = 32  # heuristic: each costs a replay; with more, the first bad tensor is blamed untested
 _MOST_ROWS = 10

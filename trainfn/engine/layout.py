@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 
 from trainfn.grad import Gradients
+from trainfn.norms import leaf_norms, row_norms
 from trainfn.optim.transform import Predicate, Transform, bound
 from trainfn.precision import LossScale
 from trainfn.state import Buffers, Params, TrainState, trainable
-from trainfn.tree import Tree, evolve, leaf_norms, map_leaves, map_named, named_leaves, record, row_norms
+from trainfn.tree import Tree, evolve, map_leaves, map_named, named_leaves, record
 
 _ALIGNMENT = 64  # bytes: a cache line, and what vector and tensor instructions ask for
 

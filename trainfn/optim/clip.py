@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from trainfn.errors import ConfigError
+from trainfn.norms import norm
 from trainfn.optim.settings import LIMIT, call, check, describe
 from trainfn.optim.transform import Hyper, Scalar, Transform, narrow, rebind, value_at
 from trainfn.state import Params
-from trainfn.tree import Tree, norm
+from trainfn.tree import Tree
 
 
 def clip_by_global_norm(max_norm: Hyper) -> Transform:
