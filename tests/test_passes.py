@@ -1,15 +1,21 @@
-"""What is rewritten in a program: scalars are computed once and not in loops; small biases are added in loops."""
+"""What is rewritten in a program: scalars are computed once and not in loops; small biases are added in loops; and
+``1 + tanh`` is a logistic function."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch._functorch import config as autograd_config
 from torch._inductor import config as inductor_config
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.fx_passes.post_grad import remove_noop_ops
 from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -17,6 +23,7 @@ import trainfn
 import trainfn.engine.program
 from trainfn.engine.biases import add_biases_late
 from trainfn.engine.passes import passes
+from trainfn.engine.tanh import add_tanh_as_sigmoid
 from trainfn.state import TrainState
 
 
@@ -97,6 +104,57 @@ def test_a_bias_is_added_where_its_sum_is_read(
     made.recompile()
     assert sum(node.target is torch.ops.aten.addmm.default for node in made.graph.nodes) == left
     torch.testing.assert_close(made(*given), fn(*given))
+
+
+def by_hand(x: torch.Tensor) -> torch.Tensor:
+    """GELU as transformers writes it out for GPT-2."""
+    return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
+
+
+def with_gradient(fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], list[torch.Tensor]]:
+    def both(x: torch.Tensor) -> list[torch.Tensor]:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            value = fn(x)
+            return [value.detach(), *torch.autograd.grad(value.sum(), x)]
+
+    return both
+
+
+@pytest.mark.parametrize(
+    ("fn", "dtype", "left"),
+    [
+        (by_hand, torch.float32, 0),
+        (lambda x: F.gelu(x, approximate="tanh"), torch.float64, 0),
+        (lambda x: F.gelu(x, approximate="tanh"), torch.bfloat16, 0),  # computed in float32
+        (torch.tanh, torch.float32, 1),  # near 0 all of its digits count
+        (lambda x: (y := x.tanh()) + (1.0 + y), torch.float32, 1),
+        (lambda x: 2.0 + x.tanh(), torch.float32, 1),
+        (lambda x: 1.0 + x.tanh(), torch.float16, 1),
+    ],
+)
+def test_tanh_beside_one_is_a_logistic_function(fn: Callable[..., Any], dtype: torch.dtype, left: int) -> None:
+    x = torch.linspace(-12.0, 12.0, 97).to(dtype)
+    made = make_fx(with_gradient(fn), decomposition_table=select_decomp_table(), tracing_mode="fake")(x)
+    remove_noop_ops(made.graph)
+    add_tanh_as_sigmoid(made.graph)
+    made.graph.lint()
+    made.recompile()
+    assert sum(node.target is torch.ops.aten.tanh.default for node in made.graph.nodes) == left
+    torch.testing.assert_close(made(x), with_gradient(fn)(x))
+
+
+def test_what_is_rewritten_has_more_digits_where_tanh_is_near_minus_one() -> None:
+    """The control is PyTorch's own."""
+    x = torch.linspace(-5.0, -3.0, 64)
+    right = F.gelu(x.double(), approximate="tanh")
+    gelu = partial(F.gelu, approximate="tanh")
+
+    def error(found: torch.Tensor) -> float:
+        return float(((found - right) / right).abs().max())
+
+    compiled = torch.compile(gelu, fullgraph=True, options={"post_grad_custom_post_pass": passes()})
+    assert error(compiled(x)) < 1e-5 < 1e-3 < error(gelu(x))
 
 
 def test_a_view_of_a_scalar_among_others_is_read_where_it_is() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from trainfn.engine import biases, scalars
+from trainfn.engine import biases, scalars, tanh
 
 
 @functools.cache
@@ -18,9 +18,10 @@ def passes() -> Any:
     class Passes(CustomGraphPass):
         def __call__(self, graph: torch.fx.Graph) -> None:
             biases.add_biases_late(graph)
+            tanh.add_tanh_as_sigmoid(graph)
             scalars.store_scalars(graph)
 
         def uuid(self) -> Any:
-            return get_hash_for_files((__file__, biases.__file__, scalars.__file__))
+            return get_hash_for_files((__file__, biases.__file__, scalars.__file__, tanh.__file__))
 
     return Passes()
