@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import trainfn
 from tests.strategies import LmRecipe, MlpRecipe, Recipe, language_models, mlps
@@ -49,6 +51,36 @@ def test_nothing_that_comes_back_requires_grad() -> None:
     found = make_gradients(model, resolve(net.loss))(parameters(model), dict(model.named_buffers()), net.batch())
     tensors = [*found.grads.values(), *found.buffers.values(), found.total, found.weight]
     assert not any(tensor.requires_grad for tensor in tensors)
+
+
+class Twice(nn.Module):
+    """One matrix, used twice, the second time in what is recomputed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(16, 16, generator=torch.Generator().manual_seed(0)))
+        self.seen: list[weakref.ref[Tensor]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(weakref.ref(self.weight))
+        return checkpoint(lambda y: (y @ self.weight).tanh(), x @ self.weight, use_reentrant=False)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(("least", "is_held"), [(0, False), (2**20, True)])
+def test_a_large_copy_in_16_bits_is_gone_before_its_gradient_is_converted(
+    least: int, is_held: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control is that of a small one, which is held until the end."""
+    monkeypatch.setattr("trainfn.forward._LARGE", least)
+    model, x, alive = Twice(), torch.ones(3, 16), []
+    params = {"weight": model.weight.detach().requires_grad_()}
+    params["weight"].register_hook(lambda gradient: alive.append(model.seen[0]() is not None))
+    found = make_gradients(model, plain_sum, "bf16-mixed")(params, {}, (x, x))
+    assert alive == [is_held]
+    assert model.weight.dtype == torch.float32
+    low, y = params["weight"].bfloat16(), x.bfloat16()
+    right = torch.autograd.grad(((y @ low) @ low).tanh().float().sum(), params["weight"])
+    assert digest(found.grads["weight"]) == digest(right[0])
 
 
 def test_under_no_grad_they_are_the_same() -> None:

@@ -20,6 +20,7 @@ import inspect
 import threading
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import chain
 from operator import is_
 from typing import Any
@@ -37,6 +38,7 @@ Apply = Callable[[dict[str, Tensor], tuple[Any, ...], dict[str, Any]], Any]
 """``(tensors, args, kwargs) -> outputs``."""
 
 _COMPANIONS = ("attention_mask", "token_type_ids", "position_ids")
+_LARGE = 2**20  # numbers in a tensor that is not held for longer than it may be needed
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
@@ -222,6 +224,7 @@ class _Places:
         ]
         rooms = [(getattr(module, kind), key, name) for module, kind, key, name in self._rooms]
         self._places = [(home, key, name, home[key]) for home, key, name in rooms]
+        self._large: list[tuple[dict[str, Any], str, str]] | None = None  # of what is given
         self._buffers = [(module, key, name) for module, kind, key, name in self._rooms if kind == "_buffers"]
         homes: list[dict[str, Any]] = [
             home for each in modules for home in (each._parameters, each._buffers, each._modules)
@@ -248,7 +251,7 @@ class _Places:
             return self._model(*args, **kwargs)
         finally:
             self._note_buffers(tensors, given)
-            _held.stack[-1].append(self._put_back) if _held.stack else self._put_back()
+            self._hold(given) if _held.stack else self._put_back()
 
     def call_traced(self, tensors: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Do what :meth:`call` does, in few steps for a compiler to follow.
@@ -275,9 +278,25 @@ class _Places:
             if name in given and new is not None and new is not given[name]:
                 tensors[name] = new
 
+    def _hold(self, given: dict[str, Tensor]) -> None:
+        _held.stack[-1].append(self._put_back)
+        if self._large is None:
+            large = {name for name, tensor in given.items() if tensor.numel() >= _LARGE}
+            self._large = [(home, key, name) for home, key, name, _ in self._places if name in large]
+        for home, key, name in self._large:
+            tensor = given.get(name)
+            if tensor is not None and tensor.grad_fn is not None:  # a copy in another dtype
+                # When the gradients of all its uses are known, nothing is left to compute with it: it goes then, before
+                # its gradient is converted, and not at the end.
+                tensor.register_hook(partial(_let_go, home, key))  # type: ignore[no-untyped-call]
+
     def _put_back(self) -> None:
         for home, key, _, own in self._places:
             home[key] = own
+
+
+def _let_go(home: dict[str, Any], key: str, gradient: Tensor) -> None:
+    home[key] = None  # and not the model's own, which whoever needs one after all would take for it
 
 
 class _Held(threading.local):
