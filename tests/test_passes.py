@@ -1,11 +1,13 @@
-"""What is rewritten in a program: scalars are computed once and not in loops; small biases are added in loops; and
-``1 + tanh`` is a logistic function."""
+"""What is rewritten in a program: scalars are computed once and not in loops; small biases are added in loops;
+large products are oneDNN's; and ``1 + tanh`` is a logistic function."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,9 +22,11 @@ from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import trainfn
+import trainfn.engine.products
 import trainfn.engine.program
 from trainfn.engine.biases import add_biases_late
 from trainfn.engine.passes import passes
+from trainfn.engine.products import multiply_by_onednn
 from trainfn.engine.tanh import add_tanh_as_sigmoid
 from trainfn.state import TrainState
 
@@ -104,6 +108,70 @@ def test_a_bias_is_added_where_its_sum_is_read(
     made.recompile()
     assert sum(node.target is torch.ops.aten.addmm.default for node in made.graph.nodes) == left
     torch.testing.assert_close(made(*given), fn(*given))
+
+
+def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return torch.addmm(bias, x, weight.t())
+
+
+@pytest.mark.parametrize(
+    ("fn", "rows", "dtype", "left"),
+    [
+        (product, 1, torch.float32, 0),
+        (product, 64, torch.float32, 0),
+        (lambda x, weight, bias: x @ weight.t(), 64, torch.float32, 0),
+        (lambda x, weight, bias: x @ weight[:, :24], 64, torch.float32, 1),  # neither of them lies in memory so
+        (lambda x, weight, bias: x @ weight.clone(), 64, torch.float32, 0),
+        (lambda x, weight, bias: x @ weight.clone(), 1, torch.float32, 1),  # few rows, and a matrix that lies across
+        (lambda x, weight, bias: x[:32].clone().t() @ weight, 32, torch.float32, 1),  # the gradient of a weight
+        (product, 64, torch.float64, 1),
+        (product, 64, torch.bfloat16, 1),
+        (product, 63, torch.float32, 1),  # too small
+        (lambda x, weight, bias: torch.addmm(bias, x, weight.t(), beta=2.0), 64, torch.float32, 1),
+        (lambda x, weight, bias: torch.addmm(x.clone(), x, weight.t()), 64, torch.float32, 1),
+    ],
+)
+def test_large_products_are_onednns(
+    fn: Callable[..., Any], rows: int, dtype: torch.dtype, left: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainfn.engine.products, "_LEAST", 64 * 32 * 32 if rows > 1 else 1)
+    torch.manual_seed(0)
+    given = [torch.randn(rows, 32, dtype=dtype), torch.randn(32, 32, dtype=dtype), torch.randn(32, dtype=dtype)]
+    made = make_fx(fn, tracing_mode="fake")(*given)
+    multiply_by_onednn(made.graph)
+    made.graph.lint()
+    made.recompile()
+    theirs = (torch.ops.aten.addmm.default, torch.ops.aten.mm.default)
+    assert sum(node.target in theirs for node in made.graph.nodes) == left
+    if torch.backends.mkldnn.is_available():
+        torch.testing.assert_close(made(*given), fn(*given))
+
+
+@pytest.mark.parametrize("small", [0, 2**20])
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
+def test_a_step_by_onednn_is_the_step(small: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the wrapper in Python and the one in C++."""
+    monkeypatch.setattr(trainfn.engine.program, "SMALL", small)
+    monkeypatch.setattr(trainfn.engine.products, "_LEAST", 1)
+    monkeypatch.setattr(trainfn.engine.products, "is_faster", lambda: True)
+    eager, found, source = compiled_step()
+    assert re.search(r"trainfn(\.|::)linear", source)
+    for name, param in eager.params.items():
+        torch.testing.assert_close(found.params[name], param)
+
+
+@pytest.mark.parametrize(
+    ("vendor", "is_faster"), [("vendor_id\t: AuthenticAMD", True), ("vendor_id\t: GenuineIntel", False), ("", False)]
+)
+def test_onednn_is_for_processors_that_are_not_intels(
+    vendor: str, is_faster: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "read_text", lambda path: f"processor\t: 0\n{vendor}\n")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: True)
+    there = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()
+    assert trainfn.engine.products.is_faster.__wrapped__() == (is_faster and there)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: False)
+    assert not trainfn.engine.products.is_faster.__wrapped__()
 
 
 def by_hand(x: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from trainfn.engine import biases, scalars, tanh
+from trainfn.engine import biases, products, scalars, tanh
 
 
 @functools.cache
@@ -18,10 +18,13 @@ def passes() -> Any:
     class Passes(CustomGraphPass):
         def __call__(self, graph: torch.fx.Graph) -> None:
             biases.add_biases_late(graph)
+            if products.is_faster():
+                products.multiply_by_onednn(graph)
             tanh.add_tanh_as_sigmoid(graph)
             scalars.store_scalars(graph)
 
         def uuid(self) -> Any:
-            return get_hash_for_files((__file__, biases.__file__, scalars.__file__, tanh.__file__))
+            files = (__file__, biases.__file__, products.__file__, scalars.__file__, tanh.__file__)
+            return get_hash_for_files(files, extra=str(products.is_faster()))
 
     return Passes()
