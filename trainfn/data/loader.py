@@ -24,7 +24,7 @@ from trainfn.data.parcel import Parcel, packed, unchanged
 from trainfn.data.source import Batch, Items, Source, Tensors, is_function, make_source
 from trainfn.data.workers import POLL, delivered
 from trainfn.errors import ConfigError
-from trainfn.tree import digest, map_leaves, named_leaves, split
+from trainfn.tree import digest, leaves, map_leaves, split
 
 # The order is computed for a block of batches at a time: about this many positions, at most this many batches.
 _BLOCK_POSITIONS = 16_384
@@ -222,7 +222,7 @@ class Loader:
             yield first
             start += 1
             block, row = self._find(start)
-            sizes = [leaf.numel() * leaf.element_size() for _, leaf in named_leaves(first)]
+            sizes = [leaf.numel() * leaf.element_size() for leaf in leaves(first)]
             # Full ones of one block of the order and one epoch; a short one is a first one.
             left = self.examples // self._width - start % self.batches_per_epoch
             count = min(_GATHERED_BYTES // max(sum(sizes), 1), block.shape[0] - row, numbers.stop - start, left)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from trainfn.data.source import Batch
-from trainfn.tree import map_leaves, named_leaves
+from trainfn.tree import leaves, map_leaves
 
 
 class Lane(Protocol):
@@ -76,7 +76,7 @@ class CopyStream:
     def receive(self, batch: Batch, arrival: Any) -> Batch:
         current = torch.cuda.current_stream(self._device)
         current.wait_event(arrival)
-        for _, leaf in named_leaves(batch):
+        for leaf in leaves(batch):
             if isinstance(leaf, Tensor) and leaf.is_cuda:
                 leaf.record_stream(current)  # its memory is the copies' again only after the step has read it
         return batch

@@ -36,7 +36,7 @@ from trainfn.batch import Batch
 from trainfn.engine.recording import Cuda, Mark, Recording
 from trainfn.errors import CompileError, listed
 from trainfn.state import Report
-from trainfn.tree import Tree, map_leaves, named_leaves
+from trainfn.tree import Tree, leaves, map_leaves, named_leaves
 
 Asked = Literal["auto"] | bool
 
@@ -251,7 +251,7 @@ def _slots(batch: Batch) -> Batch:
 
 
 def _fill(slots: Batch, batch: Batch) -> None:
-    for (_, slot), (_, leaf) in zip(named_leaves(slots), named_leaves(batch), strict=True):
+    for slot, leaf in zip(leaves(slots), leaves(batch), strict=True):
         if isinstance(slot, Tensor):
             slot.copy_(leaf, non_blocking=True)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trainfn.engine.layout import Layout, Packed, counters
 from trainfn.state import Params, Report, TrainState
-from trainfn.tree import Tree, leaves, named_leaves
+from trainfn.tree import Tree, leaves
 
 _MOST_AT_ONCE = 2**18  # numbers: with moments, average and gradient 5 MB, which a CPU's cache holds
 
@@ -32,7 +32,7 @@ class Held:
 
     def __init__(self, layout: Layout, packed: Packed) -> None:
         self.layout, self.packed = layout, packed
-        self.tensors = [leaf for _, leaf in named_leaves(packed)]
+        self.tensors: list[Tensor] = leaves(packed)
 
     @cached_property
     def views(self) -> TrainState:

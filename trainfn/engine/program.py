@@ -40,7 +40,7 @@ from trainfn.precision import LossScale
 from trainfn.recompute import recomputing
 from trainfn.state import Buffers, Params, Report
 from trainfn.step import Step
-from trainfn.tree import evolve, leaves, map_leaves, named_leaves, select
+from trainfn.tree import evolve, leaves, map_leaves, select
 from trainfn.update import Update
 
 Program = Callable[[Held, Batch], Report]
@@ -84,8 +84,9 @@ class _Tensors:
     """The tensors of the packed states of one form, in a row."""
 
     def __init__(self, layout: Layout, form: Packed) -> None:
-        places = iter(range(sum(1 for _ in named_leaves(form))))
+        places = iter(range(len(leaves(form))))
         self.layout, self._places = layout, map_leaves(lambda leaf: next(places), form)
+        self._written = leaves(evolve(self._places, frozen={}))
         tensors = leaves(form)
         size = sum(leaf.numel() for leaf in form.params.values())
         # PyTorch's kernels that write in place read scalars in float32; on a CPU that of SGD leaves most of a 16-bit
@@ -107,8 +108,7 @@ class _Tensors:
     def apply(self, update: Update, tensors: list[Tensor], found: Gradients, norms: Tensor) -> Report:
         """Write the state after an update with gradients in packs, and return its report."""
         after = update(self.layout.packs(self.packed(tensors)), found, norms)
-        written = evolve(self._places, frozen={})
-        for (_, place), (_, new) in zip(named_leaves(written), named_leaves(self.layout.written(after)), strict=True):
+        for place, new in zip(self._written, leaves(self.layout.written(after)), strict=True):
             if new is not tensors[place]:
                 _copy(tensors[place], new)
         return after.report
