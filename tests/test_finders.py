@@ -339,7 +339,7 @@ def check_measured_on_a_host() -> None:
     for trial in found.trials:
         assert trial.bytes is not None
         assert (trial.bytes <= limit) == trial.fits
-        assert trial.bytes <= 1.5 * limit or not trial.tried
+        assert trial.bytes <= 3 * limit or not trial.tried, "foreseen at 3 MB an example, and 9 at most"
     assert search(Bounded(5), max_memory=limit, headroom=0.75, most=2).limit == limit // 4
     assert resident() - before < limit / 2, "what the tries took is given back"
     assert not is_frozen()

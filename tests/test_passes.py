@@ -129,6 +129,8 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.
         (product, 63, torch.float32, 1),  # too small
         (lambda x, weight, bias: torch.addmm(bias, x, weight.t(), beta=2.0), 64, torch.float32, 1),
         (lambda x, weight, bias: torch.addmm(x.clone(), x, weight.t()), 64, torch.float32, 1),
+        (lambda x, weight, bias: torch.addmm(bias[:1], x, weight.t()), 64, torch.float32, 1),
+        (lambda x, weight, bias: torch.addmm(bias[:1].expand(32), x, weight.t()), 64, torch.float32, 0),
     ],
 )
 def test_large_products_are_onednns(

@@ -72,8 +72,8 @@ class Pack:
     """Leaves that share a buffer, called like the first of them. A pack of one has the shape of its leaf."""
 
     slots: tuple[Slot, ...]
-    _gaps: set[int] = attrs.field(init=False, repr=False)  # their sizes, of which few differ
-    _pieces: list[str | int] = attrs.field(init=False, repr=False)  # names of leaves and sizes of gaps, in order
+    _gaps: set[int] = attrs.field(init=False, repr=False, eq=False)  # their sizes, of which few differ
+    _pieces: list[str | int] = attrs.field(init=False, repr=False, eq=False)  # leaves by name, gaps by size, in order
 
     @_gaps.default
     def _found_gaps(self) -> set[int]:

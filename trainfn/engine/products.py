@@ -55,7 +55,7 @@ def multiply_by_onednn(graph: torch.fx.Graph) -> None:
         if node.target not in (aten.mm.default, aten.addmm.default) or node.kwargs:
             continue
         *bias, left, right = node.args
-        if not _is_large(left, right) or (bias and bias[0].meta["val"].ndim != 1):
+        if not _is_large(left, right) or any(each.meta["val"].shape != node.meta["val"].shape[1:] for each in bias):
             continue
         with graph.inserting_before(node):
             weight = graph.call_function(aten.permute.default, (right, [1, 0]))
