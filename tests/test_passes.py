@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch._functorch import config as autograd_config
 from torch._inductor import config as inductor_config
@@ -147,6 +149,26 @@ def test_large_products_are_onednns(
     assert sum(node.target in theirs for node in made.graph.nodes) == left
     if torch.backends.mkldnn.is_available():
         torch.testing.assert_close(made(*given), fn(*given))
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
+@settings(max_examples=60, deadline=None)
+@given(st.tuples(*[st.integers(1, 40)] * 3), st.tuples(*[st.sampled_from(["whole", "turned", "part", "spread"])] * 3))
+def test_onednn_reads_what_lies_in_any_way(sizes: tuple[int, int, int], lies: tuple[str, str, str]) -> None:
+    rows, inner, columns = sizes
+
+    def laid(shape: tuple[int, ...], how: str) -> torch.Tensor:
+        values = torch.randn(shape)
+        if how == "turned" and values.ndim == 2:
+            return values.T.contiguous().T
+        if how == "part":  # of something larger
+            return torch.randn([2 * size for size in shape])[tuple(slice(0, 2 * size, 2) for size in shape)]
+        return values[..., :1].expand(shape) if how == "spread" else values
+
+    x, weight = laid((rows, inner), lies[0]), laid((columns, inner), lies[1])
+    for bias in (None, laid((columns,), lies[2])):
+        right = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+        torch.testing.assert_close(torch.ops.trainfn.linear(x, weight, bias).double(), right, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("small", [0, 2**20])

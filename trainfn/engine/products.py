@@ -24,7 +24,8 @@ torch.library.define("trainfn::linear", "(Tensor x, Tensor weight, Tensor? bias)
 
 @torch.library.impl("trainfn::linear", "CPU")
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    found: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+    own = None if bias is None else bias.contiguous()  # it is read as if it were
+    found: Tensor = torch.ops.mkldnn._linear_pointwise.default(x.contiguous(), weight, own, "none", [], "")
     return found
 
 
