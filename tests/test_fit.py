@@ -48,6 +48,16 @@ def test_it_learns_and_leaves_the_model_as_it_was():
     assert (model(X).argmax(1) == Y).float().mean() > 0.9
 
 
+def test_a_printed_result_names_the_state_and_does_not_write_it_out():
+    result = train(max_steps=20, log_every=10)
+    assert "state=<TrainState>, history=<2 rows>, epochs=<4 rows>" in repr(result)
+    assert "ended_by='max_steps'" in repr(result)
+    assert "tensor(" not in repr(result)
+    step = trainfn.make_step(make_model(), loss="classification", optimizer=trainfn.optim.adamw())
+    trainfn.compile(step, mode="eager", donate=True)(result.state, (X, Y))
+    assert "state=<ConsumedState>" in repr(result)
+
+
 def test_ema_is_evaluated_and_returned():
     result = train(max_steps=60, ema=0.5, val_data=(X, Y), eval_every=60)
     raw = {name: p.detach().clone() for name, p in result.model(ema=False).named_parameters()}

@@ -24,9 +24,17 @@ CLOCK = ("seconds", "examples_per_second", "counted_per_second", "mfu")
 """The columns that no two runs agree in. All others of a run that was cut are those of the run that was not."""
 
 
+def _counted(rows: list[Row]) -> str:
+    return f"<{len(rows)} row{'' if len(rows) == 1 else 's'}>"
+
+
+def _named(state: TrainState) -> str:
+    return f"<{type(state).__name__.lstrip('_')}>"
+
+
 @attrs.frozen(kw_only=True, eq=False)
 class FitResult:
-    """What a run leaves behind.
+    """What a run leaves behind. Printed, it is a few lines: the state and the rows are named, and not written out.
 
     Attributes:
         state: the last state.
@@ -43,9 +51,9 @@ class FitResult:
             ``"data"`` that came to its end, or the name of a signal.
     """
 
-    state: TrainState
-    history: list[Row]
-    epochs: list[Row]
+    state: TrainState = attrs.field(repr=_named)
+    history: list[Row] = attrs.field(repr=_counted)
+    epochs: list[Row] = attrs.field(repr=_counted)
     best: Row | None
     checkpoint: Path | None
     best_checkpoint: Path | None
