@@ -25,7 +25,7 @@ from trainfn.errors import warn
 from trainfn.precision import resolve
 from trainfn.state import TrainState, trainable
 from trainfn.step import Step, surroundings
-from trainfn.tree import batch_length, map_leaves, named_leaves
+from trainfn.tree import batch_length, leaves, map_leaves
 
 _TERA, _GIGA = 1e12, 1e9
 
@@ -112,8 +112,8 @@ def make_roofline(step: Step, state: TrainState, batch: Batch, peak_flops: float
         warn(f"There will be no mfu: the operations of a step were not counted: {error}", FlopsWarning)
         return None
     trained = trainable(state.params)
-    leaves = [state.opt, state.ema or {}, trained, trained]  # and gradients, as large as what is trained
-    size = sum(leaf.numel() * leaf.element_size() for tree in leaves for _, leaf in named_leaves(tree))
+    moved = [state.opt, state.ema or {}, trained, trained]  # and gradients, as large as what is trained
+    size = sum(leaf.numel() * leaf.element_size() for leaf in leaves(moved))
     return Roofline(flops=flops, bytes=2.0 * size, peak=peak, bandwidth=bandwidth, source=source)
 
 

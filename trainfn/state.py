@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from trainfn.errors import ConfigError, ModelError
 from trainfn.precision import LossScale, first_scale, lowered, resolve
-from trainfn.tree import Tree, record, widened
+from trainfn.tree import Tree, record, wide_float, widened
 
 Params = dict[str, Tensor]
 """Tensors by ``named_parameters()`` name; those that are trained have ``requires_grad=True``. Tied ones appear once."""
@@ -222,8 +222,8 @@ def init(
         param.requires_grad_(param.requires_grad and not frozen(name, param))
     buffers = {name: _copy(buffer, device, stored.get(name)) for name, buffer in model.named_buffers()}
     trained = {name: param.detach() for name, param in trainable(params).items()}
-    home = next(iter(trained.values())).device
-    wide = torch.float64 if home.type != "mps" else torch.float32
+    first = next(iter(trained.values()))
+    home, wide = first.device, wide_float(first)
     with torch.no_grad():
         return TrainState(
             step=torch.zeros((), dtype=torch.int64, device=home),

@@ -15,7 +15,7 @@ from trainfn.precision import check_buffers
 from trainfn.state import TrainState
 from trainfn.step import Step, surroundings
 from trainfn.task.guard import guarding
-from trainfn.tree import batch_length, describe, named_leaves
+from trainfn.tree import batch_length, describe, leaves, named_leaves
 
 
 def first_loss(step: Step, state: TrainState, batch: Batch, loaders: dict[str, Feed]) -> tuple[LossSum, dict[str, int]]:
@@ -77,8 +77,7 @@ def first_loss(step: Step, state: TrainState, batch: Batch, loaders: dict[str, F
 
 def _objects(part: Batch) -> dict[str, str]:
     """Return the fields that hold something else than tensors, and what."""
-    leaves = [(name, type(leaf).__name__) for name, leaf in named_leaves(part) if not isinstance(leaf, Tensor)]
-    return dict(leaves)
+    return {name: type(leaf).__name__ for name, leaf in named_leaves(part) if not isinstance(leaf, Tensor)}
 
 
 def _remedy(text: str, part: Batch) -> str:
@@ -88,7 +87,7 @@ def _remedy(text: str, part: Batch) -> str:
         return f"{name} holds {kind} objects, which no layer takes: {words} in the data set or in collate="
     if "dtype" not in text and "scalar type" not in text:
         return "compare the shapes, and the ids and labels with the model's sizes; the cause is shown above"
-    if any(isinstance(leaf, Tensor) and leaf.dtype == torch.float64 for _, leaf in named_leaves(part)):
+    if any(isinstance(leaf, Tensor) and leaf.dtype == torch.float64 for leaf in leaves(part)):
         return 'the data is float64, as NumPy makes it, and the model is not: x.astype("float32"), x.float()'
     return (
         "make tensors of the model's own in the dtype of what they meet (dtype=x.dtype), or use precision="

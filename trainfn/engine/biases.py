@@ -10,9 +10,9 @@ a GPU, whose kernels add them by the way.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
-_EXACT = (torch.float32, torch.float64)
+from trainfn.engine.values import on_cpu
+
 _MOST = 2**16  # numbers in a result; from there on the copy is a small part of the product
 
 
@@ -32,14 +32,9 @@ def add_biases_late(graph: torch.fx.Graph) -> None:
 
 
 def _is_small(node: torch.fx.Node) -> bool:
-    value = node.meta.get("val")
-    return (
-        isinstance(value, Tensor)
-        and value.device.type == "cpu"
-        and value.dtype in _EXACT
-        and isinstance(value.numel(), int)  # known when compiling
-        and value.numel() <= _MOST
-    )
+    value = on_cpu(node, torch.float32, torch.float64)
+    # The number is an int where it is known when compiling.
+    return value is not None and isinstance(value.numel(), int) and value.numel() <= _MOST
 
 
 def _in_loops(node: torch.fx.Node) -> bool:

@@ -29,6 +29,8 @@ from typing import Any
 
 import torch
 
+from trainfn.engine.processor import cpuinfo
+
 _VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
 
@@ -112,9 +114,5 @@ def _trusting_vectors() -> AbstractContextManager[None]:
 def _processor() -> str:
     """Return a short hash of what code for this processor depends on."""
     told = [platform.machine(), platform.processor()]
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        told += sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
-    except OSError:
-        pass
+    told += sorted({line for line in cpuinfo() if line.startswith(("model name", "flags", "Features", "CPU part"))})
     return hashlib.sha256("\n".join(told).encode()).hexdigest()[:12]

@@ -26,7 +26,7 @@ from trainfn.norms import leaf_norms, row_norms
 from trainfn.optim.transform import Predicate, Transform, bound
 from trainfn.precision import LossScale
 from trainfn.state import Buffers, Params, TrainState, trainable
-from trainfn.tree import Tree, evolve, map_leaves, map_named, named_leaves, record
+from trainfn.tree import Tree, evolve, leaves, map_leaves, map_named, named_leaves, record
 
 _ALIGNMENT = 64  # bytes: a cache line, and what vector and tensor instructions ask for
 
@@ -174,7 +174,7 @@ class Layout:
                 ema=None if state.ema is None else self._joined(state.ema),
                 rest=_joined(self._rest, dict(named_leaves(counters(state)))),
             )
-            given = {id(leaf) for _, leaf in named_leaves(state)}
+            given = set(map(id, leaves(state)))
             return _own(packed, lambda leaf: leaf.detach().clone() if id(leaf) in given else leaf)
 
     def copy(self, packed: Packed) -> Packed:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from trainfn.engine import biases, products, scalars, tanh
+from trainfn.engine import biases, products, scalars, tanh, values
 
 
 @functools.cache
@@ -24,7 +24,7 @@ def passes() -> Any:
             scalars.store_scalars(graph)
 
         def uuid(self) -> Any:
-            files = (__file__, biases.__file__, products.__file__, scalars.__file__, tanh.__file__)
-            return get_hash_for_files(files, extra=str(products.is_faster()))
+            files = tuple(module.__file__ for module in (biases, products, scalars, tanh, values))
+            return get_hash_for_files((__file__, *files), extra=str(products.is_faster()))
 
     return Passes()

@@ -11,10 +11,12 @@ is resumed computes what it would have computed.
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from trainfn.engine.processor import cpuinfo
+from trainfn.engine.values import on_cpu
 
 _LEAST = 2**25  # multiplications
 _FEW = 8  # rows, for which a matrix that lies the other way round is slower to read
@@ -41,11 +43,7 @@ def is_faster() -> bool:
         return False
     if not (hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.cpu._is_avx512_supported()):
         return False
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return False
-    vendors = {line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")}
+    vendors = {line.partition(":")[2].strip() for line in cpuinfo() if line.startswith("vendor_id")}
     return bool(vendors) and "GenuineIntel" not in vendors
 
 
@@ -67,8 +65,8 @@ def multiply_by_onednn(graph: torch.fx.Graph) -> None:
 
 
 def _is_large(left: torch.fx.Node, right: torch.fx.Node) -> bool:
-    x, y = left.meta.get("val"), right.meta.get("val")
-    if not isinstance(x, Tensor) or not isinstance(y, Tensor) or x.device.type != "cpu" or x.dtype != torch.float32:
+    x, y = on_cpu(left, torch.float32), on_cpu(right, torch.float32)
+    if x is None or y is None:
         return False
     sizes = (*x.shape, y.shape[1])
     if not all(isinstance(size, int) for size in sizes):  # known when compiling

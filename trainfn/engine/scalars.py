@@ -15,6 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from trainfn.engine.values import on_cpu
+
 
 def store_scalars(graph: torch.fx.Graph) -> None:
     """Have every 0-d tensor of the graph that something larger is computed from stored first."""
@@ -43,14 +45,9 @@ def _stored(graph: torch.fx.Graph, node: torch.fx.Node) -> torch.fx.Node:
 
 
 def _is_computed_scalar(node: torch.fx.Node) -> bool:
-    value = node.meta.get("val")
-    return (
-        node.op == "call_function"
-        and isinstance(value, Tensor)
-        and value.ndim == 0
-        and value.device.type == "cpu"
-        and bool(node.all_input_nodes)  # no constant
-    )
+    value = on_cpu(node)
+    is_computed = node.op == "call_function" and bool(node.all_input_nodes)  # no constant
+    return value is not None and value.ndim == 0 and is_computed
 
 
 def _has_dimensions(node: torch.fx.Node) -> bool:

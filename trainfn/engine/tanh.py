@@ -11,16 +11,15 @@ that ``2 sigmoid(2x) - 1`` has not. So it does on a GPU, which has an instructio
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
-_EXACT = (torch.float32, torch.float64)
+from trainfn.engine.values import on_cpu
 
 
 def add_tanh_as_sigmoid(graph: torch.fx.Graph) -> None:
     """Replace every ``tanh`` of the graph that is read beside 1 alone."""
     aten = torch.ops.aten
     for node in list(graph.nodes):
-        if node.target is not aten.tanh.default or not _is_on_cpu(node) or not node.users:
+        if node.target is not aten.tanh.default or not node.users or on_cpu(node, torch.float32, torch.float64) is None:
             continue
         sums = [user for user in node.users if _is_added_to_one(user, node)]
         squares = [user for user in node.users if user.args == (node, node) and _is_taken_from_one(user)]
@@ -40,11 +39,6 @@ def add_tanh_as_sigmoid(graph: torch.fx.Graph) -> None:
         graph.erase_node(node)
         if not alone.users:
             graph.erase_node(alone)
-
-
-def _is_on_cpu(node: torch.fx.Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, Tensor) and value.device.type == "cpu" and value.dtype in _EXACT
 
 
 def _is_added_to_one(user: torch.fx.Node, node: torch.fx.Node) -> bool:

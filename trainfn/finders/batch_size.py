@@ -32,7 +32,7 @@ from trainfn.optim import Transform
 from trainfn.plan import Plan, plan
 from trainfn.task import TaskSpec, TrainConfig
 from trainfn.task.config import OF_WHOLE_RUNS, given_settings
-from trainfn.tree import named_leaves
+from trainfn.tree import leaves
 
 DECIDED = (
     "batch_size",
@@ -253,8 +253,7 @@ def _try(planned: Callable[[int], Plan], batch_size: int) -> bool:
 
 def _bytes_at_rest(made: Plan) -> int:
     """Return the bytes of the state and of one set of gradients: what a step takes however small its batch is."""
-    leaves = [leaf for _, leaf in named_leaves(made.state) if isinstance(leaf, Tensor)]
-    state = sum(leaf.numel() * leaf.element_size() for leaf in leaves)
+    state = sum(leaf.numel() * leaf.element_size() for leaf in leaves(made.state) if isinstance(leaf, Tensor))
     return state + sum(leaf.numel() * leaf.element_size() for leaf in made.state.params.values())
 
 
