@@ -1,9 +1,9 @@
 """``find_batch_size``: the largest batch whose whole step fits into memory, by doubling and then by bisection.
 
 On a GPU a size fits if two steps of it run without an out-of-memory error, within the memory that is left. On a host an
-error never comes, the process is killed; so there the memory of each try is measured, a larger one is foreseen from the
-two before it, as a straight line over the batch size that rises a tenth more than theirs, and is not tried if it would
-not fit. So the size that is found may be some hundredths smaller than the largest.
+error never comes, the process is killed; so there the memory of each try is measured, a larger one is foreseen as
+a straight line over the batch size that rises a tenth more than from the try before, or than from the state alone, and
+is not tried if it would not fit. So the size that is found may be some hundredths smaller than the largest.
 """
 
 from __future__ import annotations
@@ -258,9 +258,13 @@ def _bytes_at_rest(made: Plan) -> int:
 
 
 def _foreseen(known: list[tuple[int, int]], batch_size: int) -> int:
-    """Return the memory of a size from that of the two largest that are known, carefully."""
-    (small, low), (large, high) = sorted(known)[-2:] if len(known) > 1 else (known[0], known[0])
-    return math.ceil(high + _CARE * (batch_size - large) * max(high - low, 0) / max(large - small, 1))
+    """Return the memory of a size from that of the largest that is known, carefully.
+
+    It rises from there as from the one before it, or as from the least: the heap may have had room for the last step.
+    """
+    *others, (large, high) = sorted(known)
+    rise = max(((high - low) / (large - small) for small, low in (others[:1] + others[-1:])), default=0.0)
+    return math.ceil(high + _CARE * (batch_size - large) * max(rise, 0.0))
 
 
 def _check(most: int | None, headroom: float, max_memory: int | None, settings: dict[str, Any]) -> None:
