@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import clear_compilation_metrics, get_compilation_metrics
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import trainfn
 from tests.strategies import Batch, LmRecipe, MlpRecipe, Setup, relative_error, torch_warns_of_itself
@@ -335,6 +336,27 @@ def test_restarted_traces_are_seen() -> None:
     clear_compilation_metrics()
     torch.compile(scaled, backend="aot_eager")(torch.ones(2))
     assert any(metrics.restart_reasons for metrics in get_compilation_metrics())
+
+
+def worked_out(layers: int, mode: Mode) -> int:
+    """Return for how many operators the compiler worked out what they return, and did not know it of an equal one."""
+    deep = nn.Sequential(*[nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.GELU()) for _ in range(layers)])
+    optimizer = trainfn.optim.sgd(0.1)
+    plain = trainfn.make_step(deep, loss="regression", optimizer=optimizer)
+    step = trainfn.compile(plain, mode=mode, backend="aot_eager")
+    FakeTensorMode.cache_clear()
+    step(trainfn.init(deep, optimizer), (torch.ones(3, 8), torch.ones(3, 8)))
+    return FakeTensorMode.cache_info().misses
+
+
+@pytest.mark.parametrize("mode", ["accum", "split"])
+def test_equal_layers_are_worked_out_once(mode: Mode) -> None:
+    assert worked_out(9, mode) == worked_out(5, mode)
+
+
+def test_control_layers_that_begin_elsewhere_in_a_pack_are_worked_out_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainfn.engine.held._alike", lambda param: param)
+    assert worked_out(9, "accum") - worked_out(5, "accum") > 4 * 3
 
 
 def test_compiling_leaves_the_compilers_settings_alone() -> None:

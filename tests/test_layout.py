@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import trainfn
 from tests.strategies import Setup, language_models, mlps, setups, torch_warns_of_itself
 from trainfn import optim
+from trainfn.engine.held import Held as HeldState
 from trainfn.engine.layout import Layout
 from trainfn.grad import Gradients
 from trainfn.optim import Transform
@@ -66,6 +67,26 @@ def test_what_goes_in_comes_out_as_views_of_few_buffers() -> None:
         packed.rest["step"].fill_(3)
     assert bool((views.params["first.weight"] == 7.0).all())
     assert int(views.step) == 3
+
+
+def test_what_a_compiled_forward_reads_is_the_same_memory_and_no_view() -> None:
+    optimizer = optim.adamw()
+    state = odd_state(optimizer)
+    layout = Layout(state, optimizer)
+    held = HeldState(layout, layout.pack(state))
+    assert digest(evolve(held.inputs, report=state.report)) == digest(state)
+    for name, view in held.views.params.items():
+        read = held.inputs.params[name]
+        assert (read.data_ptr(), read.stride(), read.dtype) == (view.data_ptr(), view.stride(), view.dtype)
+        assert read.requires_grad == view.requires_grad
+        assert read.is_leaf
+        assert read.storage_offset() == 0
+    assert any(view.storage_offset() for view in held.views.params.values())
+    with torch.no_grad():
+        for pack in held.packed.params.values():
+            pack += 1
+    written = {name: param + param.requires_grad for name, param in state.params.items()}
+    assert digest(held.inputs.params) == digest(written) == digest(held.views.params)
 
 
 def test_leaves_begin_at_a_cache_line() -> None:

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from functools import cached_property
 
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from trainfn.engine.layout import Layout, Packed, counters
 from trainfn.state import Params, Report, TrainState
-from trainfn.tree import Tree, leaves
+from trainfn.tree import Tree, evolve, leaves
 
 _MOST_AT_ONCE = 2**18  # numbers: with moments, average and gradient 5 MB, which a CPU's cache holds
 
@@ -25,6 +26,7 @@ class Held:
         packed: its packs.
         tensors: the same, in a row.
         views: the state that a user sees; its report, seed and cursor are to be filled in.
+        inputs: the same, for a compiled forward to read: parameters of equal layers are alike in all but numbers.
         packs: the state that an update takes, packs in place of leaves.
         counters: its counters, loss scale and statistics, in a row.
         pieces: what is trained, in parts.
@@ -37,6 +39,10 @@ class Held:
     @cached_property
     def views(self) -> TrainState:
         return self.layout.views(self.packed)
+
+    @cached_property
+    def inputs(self) -> TrainState:
+        return evolve(self.views, params={name: _alike(param) for name, param in self.views.params.items()})
 
     def state(self, report: Report, seed: int, cursor: int) -> TrainState:
         """Return the state that a user sees, which carries this along; at every step, so without ``evolve``'s 3 us."""
@@ -55,6 +61,17 @@ class Held:
     @cached_property
     def pieces(self) -> list[Piece]:
         return [Piece(self, places) for places in _places(self.packed.params)]
+
+
+def _alike(param: Tensor) -> Tensor:
+    """Return a view of a pack as a tensor of its own, which begins where its memory does.
+
+    PyTorch's tracing remembers what an operator makes of tensors that are alike in all but numbers, and where in a
+    pack they begin is a part of that: equal layers would be worked out one by one, a quarter of a trace of twelve.
+    """
+    if not param.requires_grad or param.device.type not in ("cpu", "cuda"):
+        return param
+    return from_dlpack(param.detach()).requires_grad_()
 
 
 _Place = tuple[int, int] | None  # first row and number of rows; None for all of a pack
