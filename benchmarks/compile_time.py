@@ -2,7 +2,9 @@
 
     python benchmarks/compile_time.py --work C1 C4 C4b
 
-Each number is a process of its own, with cache directories of its own: the user's, and PyTorch's.
+Each number is a process of its own, with cache directories of its own: the user's, and PyTorch's. Reported are medians,
+and the least and the most: of ``--cold`` first processes, each followed by ``--warm`` that find its caches, the two
+peers in turns.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -33,23 +36,40 @@ def first_step(who: str, name: str) -> None:
     print(json.dumps(time.perf_counter() - began))
 
 
+def seconds(who: str, name: str, cache: str) -> float:
+    """Return what the first step takes in a new process with this cache directory."""
+    Path(cache, "tmp").mkdir(parents=True, exist_ok=True)
+    environment = os.environ | {"XDG_CACHE_HOME": f"{cache}/user", "TMPDIR": f"{cache}/tmp"}
+    call = [sys.executable, str(Path(__file__)), who, name]
+    found = subprocess.run(call, env=environment, capture_output=True, text=True, check=True).stdout
+    return float(json.loads(found.splitlines()[-1]))
+
+
+def spread(name: str, found: list[float]) -> dict[str, float]:
+    numbers = {f"{name}_s": statistics.median(found), f"{name}_least": min(found), f"{name}_most": max(found)}
+    return {key: round(number, 1) for key, number in numbers.items()}
+
+
 def main() -> None:
     from harness import record
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", nargs="+", default=["C1", "C4", "C4b"])
+    parser.add_argument("--cold", type=int, default=3)
+    parser.add_argument("--warm", type=int, default=3)
+    asked = parser.parse_args()
     rows = []
-    for name in parser.parse_args().work:
-        for who in WHO:
+    for name in asked.work:
+        cold: dict[str, list[float]] = {who: [] for who in WHO}
+        warm: dict[str, list[float]] = {who: [] for who in WHO}
+        for _ in range(asked.cold):
             with tempfile.TemporaryDirectory() as cache:
-                environment = os.environ | {"XDG_CACHE_HOME": f"{cache}/user", "TMPDIR": cache}
-                call = [sys.executable, str(Path(__file__)), who, name]
-                found = [
-                    subprocess.run(call, env=environment, capture_output=True, text=True, check=True).stdout
-                    for _ in range(2)
-                ]
-            cold, warm = (round(json.loads(text.splitlines()[-1]), 1) for text in found)
-            rows.append({"work": name, "peer": who, "cold_s": cold, "warm_s": warm})
+                for who in WHO:
+                    cold[who].append(seconds(who, name, f"{cache}/{who}"))
+                for _ in range(asked.warm):
+                    for who in WHO:
+                        warm[who].append(seconds(who, name, f"{cache}/{who}"))
+        rows += [{"work": name, "peer": who} | spread("cold", cold[who]) | spread("warm", warm[who]) for who in WHO]
     record("compile-time", rows)
 
 

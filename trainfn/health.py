@@ -125,8 +125,7 @@ def judge(total: Tensor, weight: Tensor, grad_norm: Tensor, scale: LossScale | N
     infinite: Tensor | int = int(Verdict.NON_FINITE_GRADIENT)
     if scale is not None:
         infinite = torch.where(scale.factor > 1.0, int(Verdict.OVERFLOW), infinite)
-    verdict = torch.zeros_like(weight, dtype=torch.int64)  # OK
-    verdict = verdict.masked_fill(weight <= 0, int(Verdict.EMPTY))
+    verdict = (weight <= 0) * int(Verdict.EMPTY)  # else OK, which is 0
     verdict = torch.where(grad_norm < torch.inf, verdict, infinite)  # for NaN, too, no comparison holds
     is_finite = (total - weight).abs() < torch.inf  # of two infinities of one sign, too, it is not
     return torch.where(is_finite, verdict, int(Verdict.NON_FINITE_LOSS))

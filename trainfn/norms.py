@@ -59,8 +59,8 @@ def row_norms(rows: Tensor) -> Tensor:
     short = length if length <= _ROW else math.gcd(length, _ROW)
     if not _is_fast(rows) or short < 16:
         return cast(Tensor, torch.linalg.vector_norm(rows, dim=1, dtype=wide_float(rows)))
-    norms = _float32_norms(rows.reshape(-1, short)).view(count, -1)
-    return cast(Tensor, torch.linalg.vector_norm(norms, dim=1))
+    norms = _float32_norms(rows.reshape(-1, short))
+    return norms if short == length else cast(Tensor, torch.linalg.vector_norm(norms.view(count, -1), dim=1))
 
 
 def _norm(leaf: Tensor) -> Tensor:
@@ -91,11 +91,10 @@ def _float32_norms(rows: Tensor) -> Tensor:
     no digit. Mostly there are none, but for rows of zeros.
     """
     norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
-    small, large = norms < _SAFE[0], ~(norms < _SAFE[1])
     found = norms.double()
-    doubtful = (small | large).nonzero().squeeze(1)
+    doubtful = (norms.clamp(*_SAFE) != norms).nonzero().squeeze(1)  # NaN, too, which equals nothing
     for again in torch.split(doubtful, _MOST_AGAIN // rows.shape[1]) if len(doubtful) else ():
-        factors = torch.where(small[again], 2.0**100, 2.0**-100)
+        factors = torch.where(norms[again] < _SAFE[0], 2.0**100, 2.0**-100)
         measured = torch.linalg.vector_norm(rows.index_select(0, again) * factors.unsqueeze(1), dim=1)
         found.index_copy_(0, again, measured.double() / factors.double())
     return found

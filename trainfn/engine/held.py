@@ -15,7 +15,7 @@ from trainfn.engine.layout import Layout, Packed, counters
 from trainfn.state import Params, Report, TrainState
 from trainfn.tree import Tree, evolve, leaves
 
-_MOST_AT_ONCE = 2**18  # numbers: with moments, average and gradient 5 MB, which a CPU's cache holds
+_MOST_AT_ONCE = 2**20  # numbers: with moments, average and gradient 20 MB, which a CPU's cache holds
 
 
 class Held:

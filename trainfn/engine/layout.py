@@ -87,9 +87,14 @@ class Pack:
     def name(self) -> str:
         return self.slots[0].name
 
+    @property
+    def is_joined(self) -> bool:
+        """Whether several leaves share it."""
+        return len(self.slots) > 1
+
     def split(self, flat: Tensor) -> dict[str, Tensor]:
         """Return the leaves in a pack by name, as views."""
-        if len(self.slots) == 1:
+        if not self.is_joined:
             return {self.name: flat}
         return {slot.name: slot.view(flat) for slot in self.slots}
 
@@ -100,7 +105,7 @@ class Pack:
 
     def join(self, leaves: Mapping[str, Tensor]) -> Tensor:
         """Return the pack of these leaves, in new memory if they are several; zeros fill the room between them."""
-        if len(self.slots) == 1:
+        if not self.is_joined:
             return leaves[self.name]
         first = leaves[self.name]
         zeros = {gap: first.new_zeros(gap) for gap in self._gaps}
@@ -157,7 +162,7 @@ class Layout:
         self.is_lowered = state.lr_factor is not None
         self._names, self._buffer_names = tuple(state.params), tuple(state.buffers)
         self._by_name = {pack.name: pack for pack in self.trained}
-        self._rows = {pack.name: pack.rows()[0] for pack in self.trained if len(pack.slots) > 1}
+        self._rows = {pack.name: pack.rows()[0] for pack in self.trained if pack.is_joined}
         self._owners = self._owners_of_rows(params)
         # A form without tensors, which a trace would make inputs of, and look into: it would trace all a second time.
         form = evolve(state, params={}, buffers={}, ema=None, opt=(), report=None)
@@ -269,7 +274,7 @@ class Layout:
         """Return for each row that is measured which parameter it is of."""
         places = {name: place for place, name in enumerate(params)}
         slots = [slot for pack in self.trained for slot in pack.slots]
-        counts = [count for pack in self.trained for count in (pack.rows()[1] if len(pack.slots) > 1 else [1])]
+        counts = [count for pack in self.trained for count in (pack.rows()[1] if pack.is_joined else [1])]
         owners = torch.tensor([places[slot.name] for slot in slots]).repeat_interleave(torch.tensor(counts))
         return owners.to(next(iter(params.values())).device)
 

@@ -118,6 +118,16 @@ class _Tensors:
 def _eager(step: Step, form: _Tensors, backend: Any) -> Program:
     layout, update = form.layout, form.update(step)
     fused = update.optimizer.fused if form.has_kernels and not layout.is_lowered else None
+    joined = {pack.name for pack in layout.trained if pack.is_joined}
+
+    def scaled(name: str, grad: Tensor, factor: Tensor, param: Tensor) -> Tensor:
+        """Return a gradient times a factor, laid out as its parameter is: kernels take it for granted.
+
+        What was joined is ours, and written over. What a backward returns may lie otherwise, or be anyone's: the batch.
+        """
+        if name in joined and grad.dtype == param.dtype:
+            return grad.mul_(factor)
+        return torch.mul(grad, factor, out=torch.empty_like(param))
 
     def program(held: Held, batch: Batch) -> Report:
         found = summed(layout, step.gradients, held.views, micro_batches(batch, step.accumulate))
@@ -130,7 +140,9 @@ def _eager(step: Step, form: _Tensors, backend: Any) -> Program:
             write = fused(before.step, decision.report.lr, decision.skipped)
             share = update.average_share(before.step, decision.skipped) if before.ema is not None else None
             for piece in held.pieces:
-                write(piece.params, _scaled(piece.part(found.grads), decision.factor, piece.params), piece.opt)
+                grads = piece.part(found.grads)
+                grads = {name: scaled(name, grad, decision.factor, piece.params[name]) for name, grad in grads.items()}
+                write(piece.params, grads, piece.opt)
                 if share is not None and piece.ema is not None:
                     _average(piece.ema, piece.params, share)
             for name, buffer in select(decision.applied, found.buffers, before.buffers).items():
@@ -199,14 +211,6 @@ def _in_two(step: Step, form: _Tensors, backend: Any, gradients: GradientsFn) ->
         return Report.of(finishing(held.tensors, found))
 
     return program
-
-
-def _scaled(grads: Params, factor: Tensor, params: Params) -> Params:
-    """Return gradients times a factor, in new memory and laid out as the parameters are: kernels take it for granted.
-
-    What a backward returns may lie otherwise, or be anyone's: the batch itself.
-    """
-    return {name: torch.mul(grad, factor, out=torch.empty_like(params[name])) for name, grad in grads.items()}
 
 
 def _average(means: Params, params: Params, share: Tensor) -> None:
