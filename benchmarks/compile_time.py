@@ -2,9 +2,9 @@
 
     python benchmarks/compile_time.py --work C1 C4 C4b
 
-Each number is a process of its own, with cache directories of its own: the user's, and PyTorch's. Reported are medians,
-and the least and the most: of ``--cold`` first processes, each followed by ``--warm`` that find its caches, the two
-peers in turns.
+Each number is a process of its own. Reported are medians, and the least and the most: of ``--cold`` processes whose
+cache directories are new (the user's, and PyTorch's), and of ``--warm`` after each of them that find them filled; the
+two peers in turns.
 """
 
 from __future__ import annotations
@@ -58,6 +58,8 @@ def main() -> None:
     parser.add_argument("--cold", type=int, default=3)
     parser.add_argument("--warm", type=int, default=3)
     asked = parser.parse_args()
+    if min(asked.cold, asked.warm) < 1:
+        parser.error("at least one process of each kind is measured: --cold and --warm are 1 or more")
     rows = []
     for name in asked.work:
         cold: dict[str, list[float]] = {who: [] for who in WHO}
@@ -65,10 +67,10 @@ def main() -> None:
         for _ in range(asked.cold):
             with tempfile.TemporaryDirectory() as cache:
                 for who in WHO:
-                    cold[who].append(seconds(who, name, f"{cache}/{who}"))
+                    cold[who].append(seconds(who, name, f"{cache}/{WHO.index(who)}"))
                 for _ in range(asked.warm):
                     for who in WHO:
-                        warm[who].append(seconds(who, name, f"{cache}/{who}"))
+                        warm[who].append(seconds(who, name, f"{cache}/{WHO.index(who)}"))
         rows += [{"work": name, "peer": who} | spread("cold", cold[who]) | spread("warm", warm[who]) for who in WHO]
     record("compile-time", rows)
 

@@ -269,14 +269,15 @@ class CompiledStep:
             # A mistake in the batch or the model shows here as itself, not as a failure of the compiler.
             buffers = {name: buffer.clone() for name, buffer in state.buffers.items()}
             self.step.loss(state.params, buffers, micro_batches(batch, self.step.accumulate)[0])
+        if form.program is None:
+            with compiling(self.step.attention, self.backend):
+                mode = cast(ProgramMode, self.mode)
+                form.program = make_program(mode, self.step, form.layout, held.packed, self.backend)
         failure: Exception | None = None
         try:
             if self._surprises > _MOST_SURPRISES:
                 raise RuntimeError("something in Python that the model or the loss reads changes from step to step")
             with surroundings(self.step.model, state, training=True), compiling(self.step.attention, self.backend):
-                if form.program is None:
-                    mode = cast(ProgramMode, self.mode)
-                    form.program = make_program(mode, self.step, form.layout, held.packed, self.backend)
                 report = form.program(held, batch)
         except (TrainfnError, torch.OutOfMemoryError):
             raise

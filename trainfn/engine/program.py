@@ -50,7 +50,8 @@ MOST_PROGRAMS = 64  # batch shapes for which a program is kept
 
 
 def make_program(mode: ProgramMode, step: Step, layout: Layout, form: Packed, backend: Any) -> Program:
-    """Return the program of a mode. Nothing is compiled before its first call; both belong inside :func:`compiling`.
+    """Return the program of a mode. Nothing is compiled before its first call; but for ``eager``, both belong inside
+    :func:`compiling`.
 
     Args:
         mode: which.
@@ -131,6 +132,8 @@ def _eager(step: Step, form: _Tensors, backend: Any) -> Program:
 
     def program(held: Held, batch: Batch) -> Report:
         found = summed(layout, step.gradients, held.views, micro_batches(batch, step.accumulate))
+        if found.buffers or len(joined) < len(layout.trained):  # what is joined is apart
+            found = held.apart(found)
         with torch.no_grad():
             found, norms = layout.joined_buffers(found), layout.norms(found.grads)
             if fused is None:
@@ -207,7 +210,7 @@ def _in_two(step: Step, form: _Tensors, backend: Any, gradients: GradientsFn) ->
     finishing = _compiled(finish, form, backend)
 
     def program(held: Held, batch: Batch) -> Report:
-        found = summed(layout, gradients, held.inputs, micro_batches(batch, step.accumulate))
+        found = held.apart(summed(layout, gradients, held.inputs, micro_batches(batch, step.accumulate)))
         return Report.of(finishing(held.tensors, found))
 
     return program
