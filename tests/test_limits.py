@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tests.test_epochs import without_clock
 from trainfn.errors import ConfigError
 from trainfn.header import header
 from trainfn.limits import Patience
+from trainfn.recorder import Recorder
 from trainfn.store import inspect
 from trainfn.tree import digest
 
@@ -54,6 +56,16 @@ def test_a_run_ends_at_the_step_at_which_its_time_is_over(tmp_path: Path) -> Non
     assert str(2**62) not in shown
     assert "compile   eager: a run of 0.3 s may not earn back" in said(max_seconds=0.3)
     assert result.history[-1]["lr"] == (0.01 if result.state.cursor > 100 else result.history[-1]["lr"])
+
+
+@pytest.mark.parametrize("limit", range(1, 20))
+def test_a_run_that_is_over_by_time_has_a_row_that_says_so(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whenever the clock passes the limit; every look at it takes a second here."""
+    looks = itertools.count(1)
+    monkeypatch.setattr(Recorder, "seconds", property(lambda recorder: float(next(looks))))
+    result = train(max_seconds=limit, val_data=FEW)
+    assert result.ended_by == "max_seconds"
+    assert result.history[-1]["seconds"] >= limit
 
 
 def test_time_is_that_of_all_parts_of_a_run(tmp_path: Path) -> None:

@@ -140,7 +140,8 @@ class Loop:
         self._next = next_due(self._planned, self._state.cursor)
         minutes = self._config.save_every_minutes
         late = minutes is not None and time.perf_counter() - self._saved_at >= 60 * minutes
-        self._over_by = self._why_over()
+        seconds = self._recorder.seconds  # looked at once: a run that is over by them has a row that says so
+        self._over_by = self._why_over(seconds)
         due = what_is_due(self._planned, self._state.cursor, now=told or late, end=self._over_by is not None)
         self._keep_sound(due)
         if not (due.row or due.epoch):
@@ -158,7 +159,7 @@ class Loop:
             self._observers("on_epoch", self._state, epoch, after=self._state.cursor)
         if due.epoch if self._patience.by_epoch else due.scheduled:
             self._patience.look(self._planned.retention.score(epoch if self._patience.by_epoch else row))
-            self._over_by = self._over_by or self._why_over()
+            self._over_by = self._over_by or self._why_over(seconds)
             wanted |= self._over_by is not None
         self._unsaved = True
         if wanted:
@@ -166,9 +167,9 @@ class Loop:
         self._recorder.start_lap()
         return True
 
-    def _why_over(self) -> str | None:
-        cursor, seconds = self._state.cursor, self._recorder.seconds
-        return why_over(self._config, self._patience, cursor=cursor, stop=self._planned.stop, seconds=seconds)
+    def _why_over(self, seconds: float) -> str | None:
+        cursor, stop = self._state.cursor, self._planned.stop
+        return why_over(self._config, self._patience, cursor=cursor, stop=stop, seconds=seconds)
 
     def _measure(self, due: Due) -> dict[str, float]:
         metrics = evaluate_plan(self._planned, self._state) if due.evaluation else {}
