@@ -26,7 +26,7 @@ from trainfn.engine.choice import Mode, choose
 from trainfn.engine.cudagraph import Asked, Capturing, Cases, check_donated, make_capturing
 from trainfn.engine.held import Held
 from trainfn.engine.layout import Layout, Packed
-from trainfn.engine.memory import keep_pages
+from trainfn.engine.memory import collecting_young, keep_pages
 from trainfn.engine.program import Program, ProgramMode, compiling, make_program
 from trainfn.errors import CompileError, ConfigError, DonatedStateError, TrainfnError, suggest
 from trainfn.loss import LossSum
@@ -270,7 +270,7 @@ class CompiledStep:
             buffers = {name: buffer.clone() for name, buffer in state.buffers.items()}
             self.step.loss(state.params, buffers, micro_batches(batch, self.step.accumulate)[0])
         if form.program is None:
-            with compiling(self.step.attention, self.backend):
+            with collecting_young():  # PyTorch imports its compiler
                 mode = cast(ProgramMode, self.mode)
                 form.program = make_program(mode, self.step, form.layout, held.packed, self.backend)
         failure: Exception | None = None

@@ -50,8 +50,7 @@ MOST_PROGRAMS = 64  # batch shapes for which a program is kept
 
 
 def make_program(mode: ProgramMode, step: Step, layout: Layout, form: Packed, backend: Any) -> Program:
-    """Return the program of a mode. Nothing is compiled before its first call; but for ``eager``, both belong inside
-    :func:`compiling`.
+    """Return the program of a mode. Nothing is compiled before its first call, which belongs inside :func:`compiling`.
 
     Args:
         mode: which.
@@ -68,18 +67,17 @@ def make_program(mode: ProgramMode, step: Step, layout: Layout, form: Packed, ba
 def compiling(attention: str, backend: Any) -> Iterator[None]:
     """Set what the compiler needs to differentiate inside a program, and where those of Inductor are kept.
 
-    Only to make programs, and calls that compile, need it. Programs with another kernel of attention are kept apart:
-    PyTorch's key to what it keeps does not hold the choice (2.13), and the first one compiled would be all that ran.
+    Only calls that compile need it. Programs with another kernel of attention are kept apart: PyTorch's key to what it
+    keeps does not hold the choice (2.13), and the first one compiled would be all that ever ran.
     """
-    with collecting_young():  # PyTorch imports its compiler here, which makes many objects, too
-        from torch._dynamo import config
-        from torch.compiler import config as kept
+    from torch._dynamo import config
+    from torch.compiler import config as kept
 
-        tag = kept.cache_key_tag if attention == "auto" else f"{kept.cache_key_tag} attention={attention}"
-        differentiating = config.patch(trace_autograd_ops=True, recompile_limit=MOST_PROGRAMS)
-        keeping = kept_programs() if backend == "inductor" else nullcontext()
-        with keeping, differentiating, kept.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
-            yield
+    tag = kept.cache_key_tag if attention == "auto" else f"{kept.cache_key_tag} attention={attention}"
+    differentiating = config.patch(trace_autograd_ops=True, recompile_limit=MOST_PROGRAMS)
+    keeping = kept_programs() if backend == "inductor" else nullcontext()
+    with collecting_young(), keeping, differentiating, kept.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
+        yield
 
 
 class _Tensors:
